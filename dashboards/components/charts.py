@@ -1,0 +1,278 @@
+"""The pictures. Okabe-Ito colours, never the only sign of a difference, on no background of their own."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import plotly.graph_objects as go
+from personalization.quality.anomalies import Anomaly
+from personalization.quality.reports import (
+    CampaignEngagement,
+    CategoryEngagement,
+    EngagedUser,
+    RunSummary,
+    StageRun,
+    StageTiming,
+)
+from plotly.subplots import make_subplots
+
+from components import text
+
+BLUE, SKY, ORANGE, GREEN, PURPLE = "#0072B2", "#56B4E9", "#E69F00", "#009E73", "#CC79A7"
+VERMILLION, GREY = "#D55E00", "#8A8F98"
+
+_HATCH = {"shape": "/", "size": 6, "fgcolor": "rgba(255,255,255,0.7)"}
+_RUN_TICKS = 8
+_BAR_HEIGHT = 26
+
+
+def run(stages: Sequence[StageRun]) -> go.Figure:
+    """When each stage of a run worked, and what became of its rows."""
+    names = [one.stage for one in stages]
+    began = min((one.started_at for one in stages if one.started_at), default=None)
+    offsets = [_seconds_between(began, one.started_at) for one in stages]
+    lengths = [_seconds_between(one.started_at, one.finished_at) for one in stages]
+    # A stage that never ran is named at the end of the last one that did.
+    end = max(map(sum, zip(offsets, lengths, strict=True)))
+    figure = make_subplots(
+        cols=2,
+        shared_yaxes=True,
+        horizontal_spacing=0.03,
+        column_widths=[0.6, 0.4],
+        subplot_titles=("Seconds since the start", "Rows"),
+    )
+    figure.add_bar(
+        y=names,
+        base=[
+            end if one.status == "not_run" else offset for one, offset in zip(stages, offsets, strict=True)
+        ],
+        x=lengths,
+        orientation="h",
+        marker_color=[VERMILLION if one.status == "failed" else BLUE for one in stages],
+        marker_pattern={**_HATCH, "shape": ["/" if one.status == "failed" else "" for one in stages]},
+        text=[_stage_label(one, length) for one, length in zip(stages, lengths, strict=True)],
+        textposition="outside",
+        cliponaxis=False,
+        showlegend=False,
+        customdata=[[text.duration(one.seconds), one.shards] for one in stages],
+        hovertemplate="%{y}: %{text}<br>%{customdata[0]} of work in %{customdata[1]} shards<extra></extra>",
+    )
+    for label, color, values, pattern in (
+        ("out", BLUE, [one.rows_out for one in stages], ""),
+        ("skipped", GREY, [one.skipped for one in stages], ""),
+        ("rejected", VERMILLION, [one.rejected for one in stages], "/"),
+    ):
+        figure.add_bar(
+            y=names,
+            x=values,
+            name=label,
+            orientation="h",
+            marker_color=color,
+            marker_pattern={**_HATCH, "shape": pattern},
+            hovertemplate="%{y}: %{x:,} %{fullData.name}<extra></extra>",
+            row=1,
+            col=2,
+        )
+    figure.update_xaxes(range=[0, end * 1.3 or 1], col=1)
+    figure.update_layout(barmode="stack")
+    figure.update_yaxes(autorange="reversed")
+    return _finished(figure, height=110 + _BAR_HEIGHT * len(stages))
+
+
+def rows_by_run(runs: Sequence[RunSummary]) -> go.Figure:
+    """What became of the rows that each run read."""
+    figure = go.Figure()
+    runs = runs[::-1]
+    for label, color, values, pattern in (
+        ("staged", BLUE, [one.staged for one in runs], ""),
+        ("unchanged or repeated", GREY, [one.skipped for one in runs], ""),
+        ("rejected", VERMILLION, [one.rejected for one in runs], "/"),
+    ):
+        figure.add_bar(
+            x=[one.run_id for one in runs],
+            y=values,
+            name=label,
+            marker_color=color,
+            marker_pattern={**_HATCH, "shape": pattern},
+            customdata=[text.moment(one.started_at) for one in runs],
+            hovertemplate="%{customdata}: %{y:,} %{fullData.name}<extra></extra>",
+        )
+    figure.update_layout(barmode="stack", yaxis_title="rows")
+    _name_runs(figure, {one.run_id: one.started_at for one in runs})
+    return _finished(figure, height=320)
+
+
+def seconds_by_stage(timings: Sequence[StageTiming]) -> go.Figure:
+    """The work time of each run, by stage; the small stages together."""
+    figure = go.Figure()
+    stages = _largest_stages(timings)
+    runs = {one.run_id: one.run_started_at for one in timings}
+    seconds: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(runs, 0.0))
+    for one in timings:
+        seconds[one.stage if one.stage in stages else "other stages"][one.run_id] += one.seconds
+    for stage, color in {**stages, "other stages": GREY}.items():
+        figure.add_bar(
+            x=list(runs),
+            y=list(seconds[stage].values()),
+            name=stage,
+            marker_color=color,
+            customdata=[text.moment(started_at) for started_at in runs.values()],
+            hovertemplate="%{customdata}: %{y:.1f} s %{fullData.name}<extra></extra>",
+        )
+    figure.update_layout(barmode="stack", yaxis_title="seconds of work")
+    _name_runs(figure, runs)
+    return _finished(figure, height=360)
+
+
+def throughput_by_stage(timings: Sequence[StageTiming]) -> go.Figure:
+    """Rows a second of the stages that take most time."""
+    figure = go.Figure()
+    runs = {one.run_id: one.run_started_at for one in timings}
+    symbols = ("circle", "square", "diamond", "triangle-up", "cross")
+    for (stage, color), symbol in zip(_largest_stages(timings).items(), symbols, strict=False):
+        points = [one for one in timings if one.stage == stage and one.rows_per_second]
+        figure.add_scatter(
+            x=[one.run_id for one in points],
+            y=[one.rows_per_second for one in points],
+            name=stage,
+            mode="lines+markers",
+            line_color=color,
+            marker={"symbol": symbol, "size": 8},
+            customdata=[text.moment(one.run_started_at) for one in points],
+            hovertemplate="%{customdata}: %{y:,.0f} rows/s %{fullData.name}<extra></extra>",
+        )
+    figure.update_layout(yaxis={"title": "rows per second", "type": "log", "dtick": 1})
+    _name_runs(figure, runs)
+    return _finished(figure, height=360)
+
+
+def anomalies(found: Sequence[Anomaly], runs: Sequence[RunSummary], stages: Sequence[str]) -> go.Figure:
+    """Where and when something was wrong: runs from left to right, stages from top to bottom."""
+    runs = runs[::-1]
+    figure = go.Figure()
+    figure.add_scatter(
+        x=[one.run_id for one in runs for _ in stages],
+        y=[stage for _ in runs for stage in stages],
+        mode="markers",
+        marker={"color": GREY, "size": 4, "opacity": 0.45},
+        hoverinfo="skip",
+        showlegend=False,
+    )
+    for severity, color, symbol in (("error", VERMILLION, "x"), ("warning", ORANGE, "triangle-up")):
+        some = [one for one in found if one.severity == severity]
+        figure.add_scatter(
+            x=[one.run_id for one in some],
+            y=[one.stage for one in some],
+            name=severity,
+            mode="markers",
+            marker={"color": color, "size": 13, "symbol": symbol},
+            customdata=[[text.moment(one.run_started_at), one.title] for one in some],
+            hovertemplate="%{customdata[0]}: %{customdata[1]}<extra></extra>",
+        )
+    figure.update_yaxes(categoryorder="array", categoryarray=list(stages), autorange="reversed")
+    _name_runs(figure, {one.run_id: one.started_at for one in runs})
+    return _finished(figure, height=110 + _BAR_HEIGHT * len(stages))
+
+
+def campaigns(shown: Sequence[CampaignEngagement], now: datetime) -> go.Figure:
+    """Users and messages of each campaign; hatched where it does not run now."""
+    figure = make_subplots(
+        cols=2, shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=("Users", "Messages")
+    )
+    states = [one.state(now) for one in shown]
+    for column, color, values in (
+        (1, BLUE, [one.users for one in shown]),
+        (2, ORANGE, [one.messages for one in shown]),
+    ):
+        figure.add_bar(
+            y=[one.name for one in shown],
+            x=values,
+            orientation="h",
+            marker_color=color,
+            marker_pattern={**_HATCH, "shape": ["" if state == "active" else "/" for state in states]},
+            text=[f"{value:,}" for value in values],
+            textposition="outside",
+            cliponaxis=False,
+            customdata=states,
+            hovertemplate="%{y} (%{customdata}): %{x:,}<extra></extra>",
+            showlegend=False,
+            row=1,
+            col=column,
+        )
+        figure.update_xaxes(range=[0, max(values) * 1.15 or 1], col=column)
+    figure.update_yaxes(autorange="reversed")
+    return _finished(figure, height=90 + _BAR_HEIGHT * len(shown))
+
+
+def categories(shown: Sequence[CategoryEngagement]) -> go.Figure:
+    """Messages that speak to the campaigns of each category."""
+    return _ranking([one.category for one in shown], [one.messages for one in shown])
+
+
+def users(shown: Sequence[EngagedUser]) -> go.Figure:
+    """Messages of the users who engage most."""
+    return _ranking([one.user_id for one in shown], [one.messages for one in shown])
+
+
+def _ranking(names: list[str], messages: list[int]) -> go.Figure:
+    figure = go.Figure()
+    figure.add_bar(
+        y=names,
+        x=messages,
+        orientation="h",
+        marker_color=ORANGE,
+        text=[f"{value:,}" for value in messages],
+        textposition="outside",
+        cliponaxis=False,
+        hovertemplate="%{y}: %{x:,} messages<extra></extra>",
+    )
+    # Ids of digits alone are names too, not places on a scale.
+    figure.update_yaxes(type="category", autorange="reversed")
+    figure.update_xaxes(range=[0, max(messages) * 1.15 or 1])
+    return _finished(figure, height=70 + _BAR_HEIGHT * len(names))
+
+
+def _largest_stages(timings: Sequence[StageTiming]) -> dict[str, str]:
+    """The stages that take most time, each with its colour, in order of the pipeline."""
+    colors = (BLUE, ORANGE, GREEN, PURPLE, SKY)
+    seconds: dict[tuple[int, str], float] = defaultdict(float)
+    for one in timings:
+        seconds[one.position, one.stage] += one.seconds
+    largest = sorted(sorted(seconds, key=lambda stage: seconds[stage], reverse=True)[: len(colors)])
+    return {stage: color for (_, stage), color in zip(largest, colors, strict=False)}
+
+
+def _stage_label(stage: StageRun, length: float) -> str:
+    if stage.status == "not_run":
+        return "not run"
+    return f"{text.duration(length)}, failed" if stage.status == "failed" else text.duration(length)
+
+
+def _seconds_between(start: datetime | None, end: datetime | None) -> float:
+    return (end - start).total_seconds() if start and end else 0.0
+
+
+def _name_runs(figure: go.Figure, runs: dict[str, datetime | None]) -> None:
+    """Put the runs at equal distances in order, some named by their time."""
+    named = list(runs.items())[:: -(-len(runs) // _RUN_TICKS) or 1]
+    figure.update_xaxes(
+        type="category",
+        categoryorder="array",
+        categoryarray=list(runs),
+        tickvals=[run_id for run_id, _ in named],
+        ticktext=[
+            f"{text.local(started_at):%d %b<br>%H:%M}" if started_at else "" for _, started_at in named
+        ],
+        tickangle=0,
+    )
+
+
+def _finished(figure: go.Figure, **layout: Any) -> go.Figure:
+    figure.update_layout(
+        margin={"l": 0, "r": 10, "t": 40, "b": 0},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right"},
+        bargap=0.25,
+        **layout,
+    )
+    return figure

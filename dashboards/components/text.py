@@ -1,0 +1,37 @@
+"""Numbers and times as people read them."""
+
+from datetime import UTC, datetime
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import streamlit as st
+
+
+def local(moment: datetime) -> datetime:
+    """The moment in the viewer's zone, or UTC where the browser names none."""
+    try:
+        return moment.astimezone(ZoneInfo(st.context.timezone or "UTC"))
+    except ZoneInfoNotFoundError:
+        return moment.astimezone(UTC)
+
+
+def local_ms(epoch_ms: int) -> datetime:
+    """The moment of so many milliseconds since the epoch, in the viewer's zone."""
+    return local(datetime.fromtimestamp(epoch_ms / 1000, UTC))
+
+
+def moment(value: datetime | None) -> str:
+    """Date and time to the minute, in the viewer's zone."""
+    return f"{local(value):%d %b %Y, %H:%M}" if value else "—"
+
+
+def count(value: int | None) -> str:
+    """A whole number with thousands set apart."""
+    return "—" if value is None else f"{value:,}"
+
+
+def duration(seconds: float) -> str:
+    """A length of time, to two units."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -1,0 +1,40 @@
+"""Errors whose message a person can act on: what is wrong, where, and what to do next."""
+
+
+class PersonalizationError(Exception):
+    """Base of every error the platform raises on purpose."""
+
+
+class InputError(PersonalizationError):
+    """An input file cannot be taken as a whole (missing, empty, not JSON, truncated …)."""
+
+
+class RejectRatioExceededError(InputError):
+    """More rows were quarantined than `max_reject_ratio` allows."""
+
+
+class CatalogError(PersonalizationError):
+    """The campaign catalog does not hold together."""
+
+
+class EmbeddingError(PersonalizationError):
+    """The embedding model cannot be used as configured."""
+
+
+class StagingError(PersonalizationError):
+    """A staged file is missing or is not what its reference says."""
+
+
+class StoreError(PersonalizationError):
+    """A store is down, refuses the credentials, or refuses the operation.
+
+    The message names the store and never holds a credential.
+    """
+
+    def __init__(self, store: str, problem: str) -> None:
+        super().__init__(f"{store}: {problem}")
+        self.store = store
+
+
+class LocalStackError(PersonalizationError):
+    """The embedded stack cannot be started or a process of it has died."""

@@ -1,0 +1,1 @@
+"""The embedded stack: real servers out of wheels, for a machine without docker or root."""

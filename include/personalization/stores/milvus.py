@@ -1,0 +1,186 @@
+"""Milvus: message vectors and user vectors.
+
+A physical collection belongs to one vector space (model, dimension, L2-normalised) and carries it in
+its name; readers use the aliases `messages` and `users`. So vectors of two models cannot meet.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import grpc
+from pymilvus import AsyncMilvusClient, DataType, MilvusClient
+from pymilvus.exceptions import MilvusException
+
+from personalization.errors import StoreError
+from personalization.settings import Settings
+
+MESSAGES = "messages"
+USERS = "users"
+
+_MAX_ID_BYTES = 512  # 128 characters of up to 4 bytes
+_WRITE_ROWS = 1000  # 4 MB of 1024-d vectors: well under gRPC's 64 MB
+_READ_ROWS = 1000
+
+
+class Neighbour(TypedDict):
+    """A user near another one."""
+
+    user_id: str
+    similarity: float
+
+
+@dataclass(frozen=True)
+class VectorSpace:
+    """What makes two vectors comparable."""
+
+    model: str
+    dim: int
+
+    def collection(self, alias: str) -> str:
+        """Name of the physical collection behind `alias`: readable, and unique by digest."""
+        slug = re.sub(r"\W+", "_", self.model.rsplit("/", 1)[-1]).strip("_").lower()[:60]
+        digest = hashlib.blake2b(f"{self.model}\0{self.dim}\0l2".encode(), digest_size=4).hexdigest()
+        return f"{alias}_{slug}_{self.dim}_{digest}"
+
+
+@contextmanager
+def milvus_errors() -> Iterator[None]:
+    """Turn driver errors into a `StoreError` that names the store and no credential."""
+    try:
+        yield
+    except MilvusException as error:
+        if "auth" in str(error).lower():
+            hint = "check MILVUS_TOKEN or the connection milvus_default"
+            raise StoreError("milvus", f"refused the credentials; {hint}") from error
+        if error.code == 2 or "connect" in str(error).lower():
+            raise StoreError("milvus", "does not answer; is it running?") from error
+        raise StoreError("milvus", f"refused the operation ({error.code}: {error.message})") from error
+    except (grpc.RpcError, OSError) as error:
+        raise StoreError("milvus", f"does not answer ({type(error).__name__}); is it running?") from error
+
+
+class VectorStore:
+    """Reads and writes of the pipeline."""
+
+    def __init__(self, client: MilvusClient) -> None:
+        self.client = client
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> "VectorStore":
+        """Connect. Raises `StoreError` if Milvus does not answer in time."""
+        with milvus_errors():
+            client = MilvusClient(
+                uri=settings.milvus_uri,
+                token=settings.milvus_token.get_secret_value(),
+                timeout=settings.store_timeout_s,
+            )
+        return cls(client)
+
+    def ensure_schema(self, space: VectorSpace) -> None:
+        """Create and load the space's collections, and the aliases where there are none.
+
+        Raises:
+            StoreError: readers are on another model's collection.
+        """
+        with milvus_errors():
+            for alias, scalar in ((MESSAGES, "timestamp"), (USERS, "last_seen")):
+                name = space.collection(alias)
+                self._check_alias(alias, name)
+                if not self.client.has_collection(name):
+                    self._create_collection(name, space, scalar, with_user=alias == MESSAGES)
+                if not self.client.list_aliases(name).get("aliases"):
+                    self.client.create_alias(collection_name=name, alias=alias)
+
+    def upsert(self, collection: str, rows: Sequence[dict[str, Any]]) -> None:
+        """Insert or replace rows by `id`, 1,000 a round trip."""
+        with milvus_errors():
+            for start in range(0, len(rows), _WRITE_ROWS):
+                self.client.upsert(collection, list(rows[start : start + _WRITE_ROWS]), timeout=120)
+
+    def vectors(self, collection: str, ids: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
+        """Yield `{id, embedding}` rows of the ids that are stored, 1,000 a round trip."""
+        with milvus_errors():
+            for start in range(0, len(ids), _READ_ROWS):
+                yield self.client.get(
+                    collection,
+                    ids=list(ids[start : start + _READ_ROWS]),
+                    output_fields=["id", "embedding"],
+                    consistency_level="Strong",
+                    timeout=120,
+                )
+
+    def count(self, collection: str) -> int:
+        """Rows a reader sees."""
+        with milvus_errors():
+            rows = self.client.query(
+                collection, filter="", output_fields=["count(*)"], consistency_level="Strong", timeout=60
+            )
+        return int(rows[0]["count(*)"])
+
+    def _check_alias(self, alias: str, name: str) -> None:
+        owners = [
+            owner
+            for owner in self.client.list_collections()
+            if owner.startswith(f"{alias}_") and alias in self.client.list_aliases(owner).get("aliases", [])
+        ]
+        if owners and owners != [name]:
+            raise StoreError(
+                "milvus",
+                f"alias {alias} serves {owners[0]}, made by another EMBEDDING_MODEL or EMBEDDING_DIM than this "
+                f"run's ({name}); vectors of two models never mix. Set the former model again, or drop the alias "
+                f"to start over with this one",
+            )
+
+    def _create_collection(self, name: str, space: VectorSpace, scalar: str, *, with_user: bool) -> None:
+        schema = self.client.create_schema(auto_id=False, description=f"{space.model}, {space.dim}-d, L2-normalised")
+        schema.add_field("id", DataType.VARCHAR, is_primary=True, max_length=_MAX_ID_BYTES)
+        if with_user:
+            schema.add_field("user_id", DataType.VARCHAR, max_length=_MAX_ID_BYTES)
+        schema.add_field(scalar, DataType.INT64)
+        schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=space.dim)
+        index = self.client.prepare_index_params()
+        index.add_index(
+            "embedding", index_type="HNSW", metric_type="COSINE", params={"M": 16, "efConstruction": 200}
+        )
+        self.client.create_collection(name, schema=schema, index_params=index)
+        self.client.load_collection(name)
+
+
+class AsyncVectorReader:
+    """Look-ups of the API."""
+
+    def __init__(self, client: AsyncMilvusClient) -> None:
+        self.client = client
+
+    @classmethod
+    async def connect(cls, settings: Settings) -> "AsyncVectorReader":
+        """Make the client inside the running event loop; it connects on first use."""
+        with milvus_errors():
+            client = AsyncMilvusClient(
+                uri=settings.milvus_uri,
+                token=settings.milvus_token.get_secret_value(),
+                timeout=settings.store_timeout_s,
+            )
+        return cls(client)
+
+    async def neighbours(self, user_id: str, limit: int) -> list[Neighbour]:
+        """Users nearest to `user_id` by cosine, best first, never the user; empty for an unknown one.
+
+        Two round trips. Over-fetches by one instead of filtering: filtered HNSW returns too few hits.
+        """
+        with milvus_errors():
+            own = await self.client.get(USERS, ids=[user_id], output_fields=["embedding"])
+            if not own or limit == 0:
+                return []
+            hits = await self.client.search(
+                USERS,
+                data=[own[0]["embedding"]],
+                limit=limit + 1,
+                search_params={"metric_type": "COSINE", "params": {"ef": max(64, limit + 1)}},
+            )
+        others = (Neighbour(user_id=hit["id"], similarity=float(hit["distance"])) for hit in hits[0])
+        return [one for one in others if one["user_id"] != user_id][:limit]

@@ -1,0 +1,266 @@
+"""Neo4j: the User–Intent–Campaign graph.
+
+    (:User {user_id})-[:EXPRESSED {count, last_seen, confidence}]->(:Intent {intent_id})
+    (:Campaign {campaign_id})-[:TARGETS]->(:Intent)
+    (:User)-[:ENGAGED_WITH {count, last_at}]->(:Campaign)
+
+Times are epoch milliseconds. All writes are managed transactions, which retry deadlocks.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, LiteralString, TypedDict
+
+from neo4j import AsyncDriver, AsyncGraphDatabase, Driver, GraphDatabase, ManagedTransaction, RoutingControl
+from neo4j.exceptions import AuthError, ConfigurationError, DriverError, Neo4jError
+
+from personalization.errors import StoreError
+from personalization.schemas import Campaign, Catalog, Engagement, ExpressedIntent
+from personalization.settings import Settings
+
+_CONSTRAINTS: tuple[LiteralString, ...] = (
+    "CREATE CONSTRAINT user_id_unique IF NOT EXISTS FOR (u:User) REQUIRE u.user_id IS UNIQUE",
+    "CREATE CONSTRAINT intent_id_unique IF NOT EXISTS FOR (i:Intent) REQUIRE i.intent_id IS UNIQUE",
+    "CREATE CONSTRAINT campaign_id_unique IF NOT EXISTS FOR (c:Campaign) REQUIRE c.campaign_id IS UNIQUE",
+)
+
+# In order, in one transaction: nodes, then edges, then what the catalog holds no more.
+_SYNC_CATALOG: tuple[LiteralString, ...] = (
+    """UNWIND $intents AS row
+       MERGE (i:Intent {intent_id: row.intent_id})
+       SET i.name = row.name""",
+    """UNWIND $campaigns AS row
+       MERGE (c:Campaign {campaign_id: row.campaign_id})
+       SET c.name = row.name, c.description = row.description, c.category = row.category,
+           c.active_from = row.active_from, c.active_until = row.active_until""",
+    """UNWIND $campaigns AS row
+       MATCH (c:Campaign {campaign_id: row.campaign_id})-[t:TARGETS]->(i:Intent)
+       WHERE NOT i.intent_id IN row.intents
+       DELETE t""",
+    """UNWIND $targets AS row
+       MATCH (c:Campaign {campaign_id: row.campaign_id})
+       MATCH (i:Intent {intent_id: row.intent_id})
+       MERGE (c)-[:TARGETS]->(i)""",
+    "MATCH (c:Campaign) WHERE NOT c.campaign_id IN $campaign_ids DETACH DELETE c",
+    "MATCH (i:Intent) WHERE NOT i.intent_id IN $intent_ids DETACH DELETE i",
+)
+
+_WRITE_USERS: tuple[LiteralString, ...] = (
+    "UNWIND $user_ids AS user_id MERGE (:User {user_id: user_id})",
+    """UNWIND $expressed AS row
+       MATCH (u:User {user_id: row.user_id})
+       MATCH (i:Intent {intent_id: row.intent_id})
+       MERGE (u)-[e:EXPRESSED]->(i)
+       SET e.count = row.count, e.last_seen = row.last_seen, e.confidence = row.confidence""",
+    """UNWIND $kept AS row
+       MATCH (u:User {user_id: row.user_id})-[e:EXPRESSED]->(i:Intent)
+       WHERE NOT i.intent_id IN row.intents
+       DELETE e""",
+    """UNWIND $engaged AS row
+       MATCH (u:User {user_id: row.user_id})
+       MATCH (c:Campaign {campaign_id: row.campaign_id})
+       MERGE (u)-[g:ENGAGED_WITH]->(c)
+       SET g.count = row.count, g.last_at = row.last_at""",
+    """UNWIND $kept AS row
+       MATCH (u:User {user_id: row.user_id})-[g:ENGAGED_WITH]->(c:Campaign)
+       WHERE NOT c.campaign_id IN row.campaigns
+       DELETE g""",
+)
+
+_ACTIVE_CAMPAIGNS: LiteralString = """
+    MATCH (c:Campaign)
+    WHERE c.active_from <= $now AND $now < c.active_until
+    RETURN c.campaign_id AS campaign_id, c.name AS name, c.description AS description, c.category AS category
+"""
+
+_OWN_INTENTS: LiteralString = """
+    MATCH (u:User {user_id: $user_id})-[e:EXPRESSED]->(i:Intent)<-[:TARGETS]-(c:Campaign)
+    WHERE c.active_from <= $now AND $now < c.active_until
+    RETURN c.campaign_id AS campaign_id, i.intent_id AS intent_id, i.name AS intent_name,
+           e.count AS count, e.last_seen AS last_seen, e.confidence AS confidence
+"""
+
+_NEIGHBOURS_CAMPAIGNS: LiteralString = """
+    UNWIND $neighbours AS neighbour
+    MATCH (u:User {user_id: neighbour.user_id})-[g:ENGAGED_WITH]->(c:Campaign)
+    WHERE c.active_from <= $now AND $now < c.active_until
+    RETURN c.campaign_id AS campaign_id, u.user_id AS user_id, g.count AS count
+"""
+
+
+class CampaignRow(TypedDict):
+    """An active campaign."""
+
+    campaign_id: str
+    name: str
+    description: str
+    category: str
+
+
+class OwnIntentRow(TypedDict):
+    """A campaign reached over an intent the user expressed."""
+
+    campaign_id: str
+    intent_id: str
+    intent_name: str
+    count: int
+    last_seen: int
+    confidence: float
+
+
+class NeighbourCampaignRow(TypedDict):
+    """A campaign a similar user engaged with."""
+
+    campaign_id: str
+    user_id: str
+    count: int
+
+
+@contextmanager
+def neo4j_errors() -> Iterator[None]:
+    """Turn driver errors into a `StoreError` that names the store and no credential."""
+    try:
+        yield
+    except AuthError as error:
+        hint = "check NEO4J_USER and NEO4J_PASSWORD or the connection neo4j_default"
+        raise StoreError("neo4j", f"refused the user name or password; {hint}") from error
+    except Neo4jError as error:
+        raise StoreError("neo4j", f"refused the query ({error.code})") from error
+    except (ConfigurationError, ValueError) as error:
+        raise StoreError("neo4j", "NEO4J_URI is not a valid address") from error
+    except (DriverError, OSError) as error:
+        raise StoreError("neo4j", f"does not answer ({type(error).__name__}); is it running?") from error
+
+
+def _driver_options(settings: Settings) -> dict[str, Any]:
+    return {
+        "auth": (settings.neo4j_user, settings.neo4j_password.get_secret_value()),
+        "connection_timeout": settings.store_timeout_s,
+        "connection_acquisition_timeout": settings.store_timeout_s * 2,
+        "max_transaction_retry_time": settings.store_timeout_s * 2,
+        "notifications_min_severity": "OFF",
+    }
+
+
+class GraphStore:
+    """Writes of the pipeline."""
+
+    def __init__(self, driver: Driver, database: str) -> None:
+        self.driver = driver
+        self._database = database
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> "GraphStore":
+        """Connect lazily."""
+        with neo4j_errors():
+            driver = GraphDatabase.driver(settings.neo4j_uri, **_driver_options(settings))
+        return cls(driver, settings.neo4j_database)
+
+    def ensure_schema(self) -> None:
+        """Create the uniqueness constraints that every MERGE relies on. Safe to repeat."""
+        with neo4j_errors(), self.driver.session(database=self._database) as session:
+            for constraint in _CONSTRAINTS:
+                session.run(constraint).consume()
+
+    def sync_catalog(self, catalog: Catalog) -> None:
+        """Make intents, campaigns and TARGETS edges equal to the catalog, in one transaction."""
+        parameters = {
+            "intents": [{"intent_id": one.id, "name": one.name} for one in catalog.intents],
+            "campaigns": [_campaign_row(one) for one in catalog.campaigns],
+            "targets": [
+                {"campaign_id": campaign.id, "intent_id": intent_id}
+                for campaign in catalog.campaigns
+                for intent_id in campaign.intents
+            ],
+            "intent_ids": [one.id for one in catalog.intents],
+            "campaign_ids": [one.id for one in catalog.campaigns],
+        }
+        self._write(_SYNC_CATALOG, parameters)
+
+    def write_users(
+        self, user_ids: Sequence[str], expressed: Sequence[ExpressedIntent], engaged: Sequence[Engagement]
+    ) -> None:
+        """Make the users' edges equal to the rows given: set, never incremented, stale ones deleted.
+
+        One transaction of five statements whatever the number of users.
+        """
+        kept = {user_id: {"user_id": user_id, "intents": [], "campaigns": []} for user_id in user_ids}
+        for row in expressed:
+            kept[row.user_id]["intents"].append(row.intent_id)  # type: ignore[attr-defined]
+        for one in engaged:
+            kept[one.user_id]["campaigns"].append(one.campaign_id)  # type: ignore[attr-defined]
+        parameters = {
+            "user_ids": list(user_ids),
+            "expressed": [row.model_dump() for row in expressed],
+            "engaged": [one.model_dump() for one in engaged],
+            "kept": list(kept.values()),
+        }
+        self._write(_WRITE_USERS, parameters)
+
+    def totals(self) -> dict[str, int]:
+        """Users in the graph and the sum of all EXPRESSED counts."""
+        with neo4j_errors():
+            users = self.driver.execute_query(
+                "MATCH (u:User) RETURN count(u) AS users", database_=self._database, routing_=RoutingControl.READ
+            )
+            expressed = self.driver.execute_query(
+                "MATCH (:User)-[e:EXPRESSED]->(:Intent) RETURN sum(e.count) AS expressed",
+                database_=self._database,
+                routing_=RoutingControl.READ,
+            )
+        return {"users": users.records[0]["users"], "expressed": expressed.records[0]["expressed"] or 0}
+
+    def _write(self, statements: Sequence[LiteralString], parameters: dict[str, Any]) -> None:
+        def work(transaction: ManagedTransaction) -> None:
+            for statement in statements:
+                transaction.run(statement, parameters).consume()
+
+        with neo4j_errors(), self.driver.session(database=self._database) as session:
+            session.execute_write(work)
+
+
+class AsyncGraphReader:
+    """Look-ups of the API: one round trip each, parameterised."""
+
+    def __init__(self, driver: AsyncDriver, database: str) -> None:
+        self.driver = driver
+        self._database = database
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> "AsyncGraphReader":
+        """Connect lazily."""
+        with neo4j_errors():
+            driver = AsyncGraphDatabase.driver(settings.neo4j_uri, **_driver_options(settings))
+        return cls(driver, settings.neo4j_database)
+
+    async def active_campaigns(self, now_ms: int) -> list[CampaignRow]:
+        """Every campaign that may be shown at `now_ms`."""
+        return await self._read(_ACTIVE_CAMPAIGNS, now=now_ms)
+
+    async def own_intents(self, user_id: str, now_ms: int) -> list[OwnIntentRow]:
+        """Active campaigns that target an intent the user expressed, a row for each such pair."""
+        return await self._read(_OWN_INTENTS, user_id=user_id, now=now_ms)
+
+    async def neighbours_campaigns(self, user_ids: Sequence[str], now_ms: int) -> list[NeighbourCampaignRow]:
+        """Active campaigns the given users engaged with, a row for each such pair."""
+        neighbours = [{"user_id": user_id} for user_id in user_ids]
+        return await self._read(_NEIGHBOURS_CAMPAIGNS, neighbours=neighbours, now=now_ms)
+
+    async def _read(self, query: LiteralString, **parameters: Any) -> list[Any]:
+        with neo4j_errors():
+            result = await self.driver.execute_query(
+                query, parameters, database_=self._database, routing_=RoutingControl.READ
+            )
+        return [record.data() for record in result.records]
+
+
+def _campaign_row(campaign: Campaign) -> dict[str, Any]:
+    return {
+        "campaign_id": campaign.id,
+        "name": campaign.name,
+        "description": campaign.description,
+        "category": campaign.category,
+        "intents": campaign.intents,
+        "active_from": campaign.active_from_ms,
+        "active_until": campaign.active_until_ms,
+    }

@@ -1,0 +1,1 @@
+"""What only Airflow loads: the Milvus hook, its connection form, and clients from connections."""

@@ -1,0 +1,64 @@
+"""What every task of the pipeline has in common."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from airflow.sdk import get_current_context
+from airflow.sdk.exceptions import AirflowFailException
+
+from personalization.errors import CatalogError, EmbeddingError, InputError
+from personalization.pipeline.catalog import load_catalog
+from personalization.pipeline.lineage import StageReport, reported
+from personalization.schemas import Catalog
+from personalization.settings import Settings, get_settings
+from personalization.staging import Staging
+from personalization.stores.milvus import VectorSpace
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One task at work: its report, the run's staging folder, and the settings with the run's params."""
+
+    report: StageReport
+    staging: Staging
+    settings: Settings
+
+    @property
+    def space(self) -> VectorSpace:
+        """The vector space of the run."""
+        return VectorSpace(self.settings.embedding_model, self.settings.embedding_dim)
+
+    @property
+    def catalog(self) -> Catalog:
+        """The catalog, read and checked."""
+        return load_catalog(self.settings.catalog_path)
+
+
+@contextmanager
+def stage(name: str) -> Iterator[Stage]:
+    """Run the block as stage `name` of the current DAG run, keeping its report.
+
+    What no retry can mend (bad input, a bad catalog, a model that does not fit) fails at once.
+    """
+    context = get_current_context()
+    instance = context["ti"]
+    settings = run_settings()
+    staging = Staging(settings.staging_uri, str(context["run_id"]))
+    shard = max(instance.map_index or 0, 0)
+    try:
+        with reported(
+            staging, str(context["run_id"]), name, shard=shard, attempt=instance.try_number
+        ) as report:
+            yield Stage(report, staging, settings)
+    except (InputError, CatalogError, EmbeddingError) as error:
+        raise AirflowFailException(str(error)) from error
+
+
+def run_settings() -> Settings:
+    """The settings, with what the run's params override."""
+    params = get_current_context()["params"]
+    names = ("catalog_path", "max_reject_ratio")
+    overrides = {name: params[name] for name in names if params.get(name) not in (None, "")}
+    settings = get_settings()
+    return Settings.model_validate(settings.model_dump(exclude_unset=True) | overrides) if overrides else settings

@@ -1,0 +1,62 @@
+"""The platform's stores, with clients from the Airflow connections `*_default`."""
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+
+from airflow.providers.mongo.hooks.mongo import MongoHook
+from airflow.providers.neo4j.hooks.neo4j import Neo4jHook
+from airflow.providers.redis.hooks.redis import RedisHook
+
+from personalization.settings import Settings
+from personalization.stores.analytics import AnalyticsStore
+from personalization.stores.cache import CachePublisher
+from personalization.stores.milvus import VectorStore, milvus_errors
+from personalization.stores.mongo import MongoStore, mongo_errors
+from personalization.stores.neo4j import GraphStore, neo4j_errors
+from personalization_airflow.milvus import MilvusHook
+
+
+@contextmanager
+def mongo_store(settings: Settings) -> Iterator[MongoStore]:
+    """MongoDB by `mongo_default`; its schema names the database."""
+    with mongo_errors():
+        hook = MongoHook()
+        client = hook.get_conn()
+    with closing(client):
+        yield MongoStore(client, hook.connection.schema or settings.mongodb_database)
+
+
+@contextmanager
+def vector_store() -> Iterator[VectorStore]:
+    """Milvus by `milvus_default`."""
+    with milvus_errors():
+        client = MilvusHook().get_conn()
+    with closing(client):
+        yield VectorStore(client)
+
+
+@contextmanager
+def graph_store(settings: Settings) -> Iterator[GraphStore]:
+    """Neo4j by `neo4j_default`; its schema names the database."""
+    hook = Neo4jHook()
+    with neo4j_errors():
+        driver = hook.get_conn()
+    with closing(driver):
+        yield GraphStore(driver, hook.connection.schema or settings.neo4j_database)
+
+
+@contextmanager
+def cache_publisher() -> Iterator[CachePublisher]:
+    """Redis by `redis_default`."""
+    with closing(RedisHook().get_conn()) as client:
+        yield CachePublisher(client)
+
+
+@contextmanager
+def analytics_store(settings: Settings) -> Iterator[AnalyticsStore]:
+    """The analytics database of the settings."""
+    store = AnalyticsStore.from_settings(settings)
+    try:
+        yield store
+    finally:
+        store.engine.dispose()

@@ -1,0 +1,180 @@
+"""Analytics databases for the tests of the dashboard and its reports."""
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from personalization.schemas import OTHER_INTENT, Campaign, Catalog, Intent
+from personalization.settings import Settings
+from personalization.stores.analytics import AnalyticsStore
+
+NOW = datetime.now(UTC).replace(microsecond=0)
+
+_SECONDS_PER_ROW = {
+    "prepare": 0.0,
+    "ingest": 0.0004,
+    "embed_catalog": 0.0,
+    "embed": 0.011,
+    "upsert_vectors": 0.0012,
+    "detect_intents": 0.0007,
+    "build_graph": 0.0018,
+    "roll_up_engagement": 0.0003,
+    "refresh_profiles": 0.0006,
+    "publish": 0.0,
+}
+_INTENTS = {
+    "card_delivery": ("cards", "Travel card, no fees abroad", "Metal card"),
+    "card_lost_or_stolen": ("cards", "Card protection plan", "Instant virtual card"),
+    "loan": ("credit", "Home loan at 2.9 %", "Spring car loan"),
+    "savings": ("savings", "Saver account 3 %", "Round-up savings", "Black Friday pot"),
+    "travel": ("travel", "City breaks", "Airport lounge pass"),
+    "insurance": ("insurance", "Phone insurance", "Family health cover"),
+}
+_ENDED = {"Spring car loan", "Airport lounge pass"}
+
+
+def open_store(path: Path) -> AnalyticsStore:
+    """An analytics database with its tables and nothing in them."""
+    store = AnalyticsStore.from_settings(Settings(_env_file=None, sqlite_path=path, analytics_url=None))
+    store.ensure_schema()
+    return store
+
+
+def run_rows(
+    run_id: str, started_at: datetime = NOW, messages: int = 1000, **changes: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The lineage of one run; `changes` set columns of a stage. Nothing runs after a failed stage."""
+    rows: list[dict[str, Any]] = []
+    clock = started_at
+    for position, (stage, seconds_per_row) in enumerate(_SECONDS_PER_ROW.items()):
+        seconds = 0.4 + messages * seconds_per_row * (1 + 0.3 * ((len(run_id) + position * 7 + messages) % 5))
+        row = {
+            "run_id": run_id,
+            "stage": stage,
+            "position": position,
+            "status": "success",
+            "rows_in": messages,
+            "rows_out": messages,
+            "rejected": 0,
+            "skipped": 0,
+            "shards": 1 + messages // 5000,
+            "attempt": 1,
+            "started_at": clock,
+            "finished_at": clock + timedelta(seconds=seconds),
+            "seconds": seconds,
+            "error_type": None,
+            "error": None,
+            "details": _details(stage, messages),
+            **changes.get(stage, {}),
+        }
+        if rows and rows[-1]["status"] != "success":
+            row |= {
+                "status": "not_run",
+                "rows_in": 0,
+                "rows_out": 0,
+                "rejected": 0,
+                "skipped": 0,
+                "seconds": 0.0,
+            }
+            row |= {"started_at": None, "finished_at": None, "details": {}}
+        clock += timedelta(seconds=seconds + 0.8)
+        rows.append(row)
+    return rows
+
+
+def seed(path: Path) -> None:
+    """A store as it is after some weeks: good runs, every kind of anomaly, and engagement."""
+    store = open_store(path)
+    for number in range(24):
+        started_at = NOW - timedelta(hours=9 * (24 - number))
+        messages = 900 + (number * 577) % 1400
+        skipped, rejected = number * 37 % 400, number % 5 * 6
+        ingest = {"rows_in": messages + skipped + rejected, "skipped": skipped, "rejected": rejected}
+        changes: dict[str, dict[str, Any]] = {
+            "ingest": ingest,
+            "detect_intents": {"rows_out": messages * 4 // 5, "skipped": messages - messages * 4 // 5},
+            "roll_up_engagement": {"rows_out": messages * 2},
+            "publish": {
+                "details": _details("publish", messages)
+                | {"generation": number + 1, "messages": 1500 * (number + 1), "vectors": 1500 * (number + 1)}
+            },
+        }
+        if number == 9:
+            ingest |= {"rejected": 460, "rows_in": ingest["rows_in"] + 460}
+        if number == 14:
+            changes["upsert_vectors"] = {"rows_out": messages - 40}
+        if number == 18:
+            changes["roll_up_engagement"] = {"rows_out": 0}
+        if number == 20:
+            changes["build_graph"] = {
+                "status": "failed",
+                "rows_out": 0,
+                "error_type": "StoreError",
+                "error": "neo4j: does not answer at bolt://127.0.0.1:7687 (ServiceUnavailable)",
+            }
+        run_id = f"scheduled__{started_at:%Y-%m-%dT%H:%M:%S}+00:00"
+        store.record_runs(run_rows(run_id, started_at, messages, **changes))
+    _seed_engagement(store)
+    store.engine.dispose()
+
+
+def _seed_engagement(store: AnalyticsStore) -> None:
+    this_year = NOW.date().replace(month=1, day=1)
+    campaigns = [
+        Campaign(
+            id=name.lower().translate({ord(mark): "_" for mark in " ,.%-"}),
+            name=name,
+            category=category,
+            intents=[intent],
+            active_from=this_year - timedelta(days=400),
+            active_until=NOW.date() - timedelta(days=40) if name in _ENDED else None,
+        )
+        for intent, (category, *names) in _INTENTS.items()
+        for name in names
+    ]
+    later = Campaign(
+        id="next_year_bonus",
+        name="Next year's bonus",
+        category="savings",
+        intents=["savings"],
+        active_from=NOW.date() + timedelta(days=30),
+    )
+    intents = [Intent(id=one, name=one.replace("_", " "), examples=["…"]) for one in _INTENTS]
+    store.sync_catalog(Catalog(intents=intents, campaigns=[*campaigns, later]))
+    names = [*_INTENTS, OTHER_INTENT]
+    rows = [
+        {
+            "message_id": f"m{number}",
+            "intent_id": names[(number * number) % 31 % len(names)],
+            "user_id": f"customer-{number * 7 % 211:03d}",
+            "timestamp": int((NOW - timedelta(hours=number)).timestamp() * 1000),
+            "confidence": 0.7,
+            "run_id": "r",
+        }
+        for number in range(1500)
+    ]
+    store.replace_message_intents([row["message_id"] for row in rows], rows)
+    store.roll_up_engagement(sorted({row["user_id"] for row in rows}))
+    store.refresh_campaign_totals()
+
+
+def _details(stage: str, messages: int) -> dict[str, Any]:
+    details: dict[str, dict[str, Any]] = {
+        "ingest": {
+            "files": [{"uri": "file:///data/inbox/conversations.jsonl", "sha256": "9f2c" * 16}],
+            "new": messages,
+            "changed": 0,
+            "unchanged": 0,
+            "duplicates": 0,
+        },
+        "embed": {"model": "all-roberta-large-v1", "device": "cpu", "dtype": "float32"},
+        "publish": {
+            "generation": 1,
+            "messages": messages,
+            "vectors": messages,
+            "users": 211,
+            "users_without_intent": 9,
+            "nothing_new": False,
+        },
+    }
+    return details.get(stage, {})

@@ -1,0 +1,124 @@
+"""The dashboard as a person sees it: served as documented, opened in a browser."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+from dashboard_data import seed
+from playwright.sync_api import Browser, expect, sync_playwright
+
+ROOT = Path(__file__).parents[2]
+ARTIFACTS = ROOT / "test-artifacts"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM_ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PAGES = {
+    "overview": "",
+    "runs": "runs",
+    "latency": "latency",
+    "anomalies": "anomalies",
+    "engagement": "engagement",
+}
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on the PATH")
+
+
+@pytest.fixture(scope="module")
+def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a dashboard over a seeded store."""
+    folder = tmp_path_factory.mktemp("dashboard")
+    seed(folder / "analytics.db")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    command = [
+        Path(sys.executable).with_name("streamlit"), "run", "dashboards/app.py", "--server.port", str(port),
+        "--server.address", "127.0.0.1", "--server.headless", "true",
+    ]  # fmt: skip
+    log = folder / "streamlit.log"
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"SQLITE_PATH": str(folder / "analytics.db")},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            _wait_until_healthy(address, server, log)
+            yield address
+        finally:
+            server.terminate()
+            server.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", PAGES)
+def test_each_page_shows_its_heading_and_a_chart_without_console_errors(
+    dashboard: str, browser: Browser, name: str, scheme: str
+):
+    context = browser.new_context(
+        viewport={"width": 1360, "height": 1600}, color_scheme=scheme, timezone_id="Europe/Zurich"
+    )
+    page = context.new_page()
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+
+    page.goto(f"{dashboard}/{PAGES[name]}")
+    expect(page.get_by_role("heading", name=name.capitalize(), exact=True, level=1)).to_be_visible(
+        timeout=60_000
+    )
+    expect(page.locator(".js-plotly-plot .main-svg").first).to_be_visible(timeout=60_000)
+    expect(page.get_by_test_id("stStatusWidget")).to_have_count(0, timeout=30_000)
+    expect(page.get_by_test_id("stException")).to_have_count(0)
+
+    ARTIFACTS.mkdir(exist_ok=True)
+    page.screenshot(path=ARTIFACTS / f"dashboard-{name}-{scheme}.png")
+    context.close()
+    assert problems == []
+
+
+def test_an_anomaly_leads_to_its_run(dashboard: str, browser: Browser):
+    page = browser.new_page()
+    page.goto(f"{dashboard}/anomalies")
+    page.get_by_test_id("stPageLink").first.click(timeout=60_000)
+
+    expect(page.get_by_role("heading", name="Runs", exact=True, level=1)).to_be_visible(timeout=60_000)
+    expect(page.get_by_text("failed with StoreError")).to_be_visible()
+    page.close()
+
+
+def _wait_until_healthy(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with urlopen(f"{address}/_stcore/health"):
+                return
+        except URLError:
+            time.sleep(0.2)
+    pytest.fail(f"the dashboard did not start:\n{log.read_text()}")
