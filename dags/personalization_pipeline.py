@@ -1,46 +1,92 @@
 """
 ### Conversations in, recommendations out
 
-Takes a file of conversations into MongoDB, Milvus, Neo4j and the analytics database, and publishes
-what the API serves.
+Takes conversations into MongoDB, Milvus, Neo4j and the analytics database, and publishes what the
+API serves.
 
 * **Scheduled** (daily): takes the files of the inbox that no successful run has taken yet. Nothing
   new is a success.
-* **By hand**: *Trigger* with `input_path`, or `{"input_path": "/data/conversations.json"}` as conf.
+* **By hand**: *Trigger* with `input_path`, or with the conf `{"input_path": "/data/conversations.json"}`.
 
 Every task may be retried, cleared or run twice: all writes are upserts by stable ids, and messages
 count as done only when `publish` has succeeded. Rows that cannot be taken are in MongoDB's
-`quarantine` with their reason; what each stage did is in `pipeline_runs`, whatever happened.
+collection `quarantine` with their reason; what each stage did is in the table `pipeline_runs`,
+whatever happened.
 """
 
-from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import Any, cast
 
-from airflow.sdk import Param, TriggerRule, dag, get_current_context, task
-from personalization_airflow.stage import run_settings, stage
-from personalization_airflow.stores import (
-    analytics_store,
-    cache_publisher,
-    graph_store,
-    mongo_store,
-    vector_store,
+from airflow.sdk import Param, TriggerRule, dag, task
+from personalization_airflow import tasks
+
+DEFAULT_ARGS = {
+    "owner": "personalization",
+    "retries": 2,
+    "retry_delay": timedelta(seconds=20),
+    "retry_exponential_backoff": True,
+    "max_retry_delay": timedelta(minutes=10),
+    "execution_timeout": timedelta(minutes=30),
+}
+EMBEDDING = {"pool": "embedding", "execution_timeout": timedelta(hours=2)}
+MAPPED = {"max_active_tis_per_dagrun": 4}
+EVEN_IF_NOTHING_NEW = {"trigger_rule": TriggerRule.NONE_FAILED}
+
+PARAMS = {
+    "input_path": Param(
+        None,
+        type=["null", "string"],
+        title="Input file",
+        description="A JSON array or NDJSON, plain or .gz; a local path or an object store's URI. "
+        "Empty: the new files of the inbox.",
+        minLength=1,
+        maxLength=1024,
+        examples=["include/data/sample_conversations.json"],
+    ),
+    "max_reject_ratio": Param(
+        None,
+        type=["null", "number"],
+        title="Most rows to refuse",
+        description="The run fails if more than this share of the rows is refused. Empty: MAX_REJECT_RATIO.",
+        minimum=0,
+        maximum=1,
+    ),
+    "catalog_path": Param(
+        None,
+        type=["null", "string"],
+        title="Campaign catalog",
+        description="Folder of the intents' and campaigns' YAML files. Empty: CATALOG_PATH.",
+        minLength=1,
+    ),
+}
+
+
+@dag(
+    schedule="@daily",
+    start_date=datetime(2026, 1, 1),
+    catchup=False,
+    max_active_runs=1,
+    default_args=DEFAULT_ARGS,
+    params=PARAMS,
+    tags=["personalization", "ingest", "recommendations"],
+    doc_md=__doc__,
 )
+def personalization_pipeline() -> None:
+    prepared = task(tasks.prepare)()
+    shards = task(tasks.ingest)("{{ params.input_path or '' }}")
+    utterances = task(tasks.embed_catalog, **EMBEDDING)()
 
-from personalization import pipeline
-from personalization.schemas import Ref
-from personalization.staging import Staging
+    embedded = task(tasks.embed, **EMBEDDING, **MAPPED).expand(shard=shards)
+    upserted = task(tasks.upsert_vectors, **MAPPED).expand(shard=embedded)
+    user_pages = task(tasks.detect_intents, **EVEN_IF_NOTHING_NEW)(embedded, utterances)
+    graph = task(tasks.build_graph, **MAPPED).expand(user_page=user_pages)
+    engagement = task(tasks.roll_up_engagement)(user_pages)
+    profiles = task(tasks.refresh_profiles, **EVEN_IF_NOTHING_NEW)(user_pages)
+    published = task(tasks.publish, **EVEN_IF_NOTHING_NEW)(user_pages)
+    lineage = task(tasks.record_lineage)().as_teardown(on_failure_fail_dagrun=True)
+
+    prepared >> [utterances, embedded]
+    upserted >> profiles
+    [graph, engagement, profiles] >> published >> lineage
 
 
-@task
-def prepare() -> None:
-    """Make the stores ready and bring the catalog into them."""
-    with (
-        stage("prepare") as s,
-        vector_store() as vectors,
-        graph_store(s.settings) as graph,
-        analytics_store(s.settings) as analytics,
-    ):
-        pipeline.prepare(
-            s.report, catalog=s.catalog, space=s.space, vectors=vectors, graph=graph, analytics=analytics
-        )
+personalization_pipeline()

@@ -1,19 +1,27 @@
 """Dashboard of the platform: `streamlit run dashboards/app.py`."""
 
+from pathlib import Path
+
 import streamlit as st
-from components import store
+from components import store, text
 from personalization.errors import StoreError
 
-st.set_page_config(page_title="Personalization Platform", page_icon=":material/campaign:", layout="wide")
+NAME = "Personalization Platform"
+
+# A file, for the icons that Streamlit knows by name are fetched from the internet.
+st.set_page_config(page_title=NAME, page_icon=Path(__file__).with_name("icon.svg"), layout="wide")
 page = st.navigation(
-    [
-        st.Page("views/overview.py", title="Overview", icon=":material/dashboard:", default=True),
-        st.Page("views/runs.py", title="Runs", icon=":material/account_tree:"),
-        st.Page("views/latency.py", title="Latency", icon=":material/timer:"),
-        st.Page("views/anomalies.py", title="Anomalies", icon=":material/warning:"),
-        st.Page("views/engagement.py", title="Engagement", icon=":material/favorite:"),
-    ]
+    {
+        NAME: [
+            st.Page("views/overview.py", title="Overview", icon=":material/dashboard:", default=True),
+            st.Page("views/runs.py", title="Runs", icon=":material/account_tree:"),
+            st.Page("views/latency.py", title="Latency", icon=":material/timer:"),
+            st.Page("views/anomalies.py", title="Anomalies", icon=":material/warning:"),
+            st.Page("views/engagement.py", title="Engagement", icon=":material/favorite:"),
+        ]
+    }
 )
+st.sidebar.caption(f"Times are in {text.zone()}.")
 st.title(page.title)
 try:
     if store.is_empty():

@@ -20,15 +20,17 @@ def anomaly(shown: Anomaly, runs: int = 1) -> None:
             st.markdown(f"**{shown.title}** in `{shown.stage}`", width="content")
             if runs > 1:
                 st.badge(f"{runs} runs", color="gray")
+            st.space("stretch")
+            st.page_link(
+                RUN_PAGE,
+                label=f"Run of {text.moment(shown.run_started_at)}",
+                icon=":material/arrow_forward:",
+                icon_position="right",
+                query_params={"run": shown.run_id},
+            )
         # Not Markdown: errors hold what users and drivers wrote.
         st.text(shown.evidence)
         st.markdown(f":material/build: {shown.advice}")
-        st.page_link(
-            RUN_PAGE,
-            label=f"Run of {text.moment(shown.run_started_at)}",
-            icon=":material/arrow_forward:",
-            query_params={"run": shown.run_id},
-        )
 
 
 def status(value: str) -> None:

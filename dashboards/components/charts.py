@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
 
 import plotly.graph_objects as go
 from personalization.quality.anomalies import Anomaly
@@ -22,7 +21,7 @@ from components import text
 BLUE, SKY, ORANGE, GREEN, PURPLE = "#0072B2", "#56B4E9", "#E69F00", "#009E73", "#CC79A7"
 VERMILLION, GREY = "#D55E00", "#8A8F98"
 
-_HATCH = {"shape": "/", "size": 6, "fgcolor": "rgba(255,255,255,0.7)"}
+_HATCH = {"fillmode": "overlay", "size": 6, "fgcolor": "rgba(255,255,255,0.75)"}
 _RUN_TICKS = 8
 _BAR_HEIGHT = 26
 
@@ -33,7 +32,7 @@ def run(stages: Sequence[StageRun]) -> go.Figure:
     began = min((one.started_at for one in stages if one.started_at), default=None)
     offsets = [_seconds_between(began, one.started_at) for one in stages]
     lengths = [_seconds_between(one.started_at, one.finished_at) for one in stages]
-    # A stage that never ran is named at the end of the last one that did.
+    # A stage without work is named where the last one with work ends.
     end = max(map(sum, zip(offsets, lengths, strict=True)))
     figure = make_subplots(
         cols=2,
@@ -44,9 +43,7 @@ def run(stages: Sequence[StageRun]) -> go.Figure:
     )
     figure.add_bar(
         y=names,
-        base=[
-            end if one.status == "not_run" else offset for one, offset in zip(stages, offsets, strict=True)
-        ],
+        base=[offset if one.started_at else end for one, offset in zip(stages, offsets, strict=True)],
         x=lengths,
         orientation="h",
         marker_color=[VERMILLION if one.status == "failed" else BLUE for one in stages],
@@ -77,7 +74,7 @@ def run(stages: Sequence[StageRun]) -> go.Figure:
     figure.update_xaxes(range=[0, end * 1.3 or 1], col=1)
     figure.update_layout(barmode="stack")
     figure.update_yaxes(autorange="reversed")
-    return _finished(figure, height=110 + _BAR_HEIGHT * len(stages))
+    return _finished(figure, height=90 + _BAR_HEIGHT * len(stages), top=60)
 
 
 def rows_by_run(runs: Sequence[RunSummary]) -> go.Figure:
@@ -230,7 +227,7 @@ def _ranking(names: list[str], messages: list[int]) -> go.Figure:
     # Ids of digits alone are names too, not places on a scale.
     figure.update_yaxes(type="category", autorange="reversed")
     figure.update_xaxes(range=[0, max(messages) * 1.15 or 1])
-    return _finished(figure, height=70 + _BAR_HEIGHT * len(names))
+    return _finished(figure, height=40 + _BAR_HEIGHT * len(names), top=10)
 
 
 def _largest_stages(timings: Sequence[StageTiming]) -> dict[str, str]:
@@ -244,8 +241,8 @@ def _largest_stages(timings: Sequence[StageTiming]) -> dict[str, str]:
 
 
 def _stage_label(stage: StageRun, length: float) -> str:
-    if stage.status == "not_run":
-        return "not run"
+    if not stage.started_at:
+        return stage.status.replace("_", " ")
     return f"{text.duration(length)}, failed" if stage.status == "failed" else text.duration(length)
 
 
@@ -255,7 +252,8 @@ def _seconds_between(start: datetime | None, end: datetime | None) -> float:
 
 def _name_runs(figure: go.Figure, runs: dict[str, datetime | None]) -> None:
     """Put the runs at equal distances in order, some named by their time."""
-    named = list(runs.items())[:: -(-len(runs) // _RUN_TICKS) or 1]
+    every = 1 + len(runs) // _RUN_TICKS
+    named = list(runs.items())[::-every]
     figure.update_xaxes(
         type="category",
         categoryorder="array",
@@ -268,11 +266,19 @@ def _name_runs(figure: go.Figure, runs: dict[str, datetime | None]) -> None:
     )
 
 
-def _finished(figure: go.Figure, **layout: Any) -> go.Figure:
+def _finished(figure: go.Figure, height: int, top: int = 30) -> go.Figure:
     figure.update_layout(
-        margin={"l": 0, "r": 10, "t": 40, "b": 0},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right"},
+        height=height,
+        margin={"l": 0, "r": 10, "t": top, "b": 0},
+        legend={
+            "orientation": "h",
+            "traceorder": "normal",
+            "yref": "container",
+            "y": 1,
+            "yanchor": "top",
+            "x": 1,
+            "xanchor": "right",
+        },
         bargap=0.25,
-        **layout,
     )
     return figure

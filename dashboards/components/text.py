@@ -1,17 +1,22 @@
 """Numbers and times as people read them."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, tzinfo
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import streamlit as st
 
 
-def local(moment: datetime) -> datetime:
-    """The moment in the viewer's zone, or UTC where the browser names none."""
+def zone() -> tzinfo:
+    """The viewer's zone, or UTC where the browser names none that is known here."""
     try:
-        return moment.astimezone(ZoneInfo(st.context.timezone or "UTC"))
+        return ZoneInfo(st.context.timezone) if st.context.timezone else UTC
     except ZoneInfoNotFoundError:
-        return moment.astimezone(UTC)
+        return UTC
+
+
+def local(moment: datetime) -> datetime:
+    """The moment in the viewer's zone."""
+    return moment.astimezone(zone())
 
 
 def local_ms(epoch_ms: int) -> datetime:

@@ -21,7 +21,7 @@ if not any(one.messages for one in campaigns):
     st.stop()
 
 categories = store.category_engagement(engine, IN_CHART)
-columns = st.columns(3)
+columns = st.columns([2, 2, 3])
 columns[0].metric("Campaigns", f"{len(campaigns):,}", border=True)
 columns[1].metric("Active today", f"{sum(one.state(now) == 'active' for one in campaigns):,}", border=True)
 columns[2].metric(

@@ -7,7 +7,7 @@ from components import charts, store, text
 from personalization.quality.reports import StageTiming
 
 SECONDS, THROUGHPUT = "Seconds", "Rows per second"
-TILE_WIDTH = 232
+TILES_IN_A_ROW = 5
 
 
 def tile(stage: str, timings: list[StageTiming], shown: str) -> None:
@@ -22,7 +22,6 @@ def tile(stage: str, timings: list[StageTiming], shown: str) -> None:
             stage,
             "—",
             border=True,
-            width=TILE_WIDTH,
             height="stretch",
             help="No rows went through this stage.",
         )
@@ -31,10 +30,11 @@ def tile(stage: str, timings: list[StageTiming], shown: str) -> None:
     st.metric(
         stage,
         text.duration(values[-1]) if shown == SECONDS else f"{values[-1]:,.0f} /s",
-        delta=f"{values[-1] / usual - 1:+.0%} against the median" if usual else None,
+        delta=f"{values[-1] / usual - 1:+.0%}" if usual else None,
         delta_color="off",
+        delta_arrow="off",
+        delta_description="to the median",
         border=True,
-        width=TILE_WIDTH,
         height="stretch",
         chart_data=values,
         chart_type="area",
@@ -57,7 +57,9 @@ figure = charts.seconds_by_stage(timings) if shown == SECONDS else charts.throug
 st.plotly_chart(figure, alt=f"{shown} of the stages, run by run")
 
 st.subheader("The last run, stage by stage")
-stages = dict.fromkeys(one.stage for one in sorted(timings, key=lambda one: one.position))
-with st.container(horizontal=True):
-    for stage in stages:
-        tile(stage, [one for one in timings if one.stage == stage], shown)
+stages = list(dict.fromkeys(one.stage for one in sorted(timings, key=lambda one: one.position)))
+for first in range(0, len(stages), TILES_IN_A_ROW):
+    row = stages[first : first + TILES_IN_A_ROW]
+    for column, stage in zip(st.columns(TILES_IN_A_ROW), row, strict=False):
+        with column:
+            tile(stage, [one for one in timings if one.stage == stage], shown)

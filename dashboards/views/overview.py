@@ -18,22 +18,18 @@ with st.container(horizontal=True, vertical_alignment="center"):
         width="content",
     )
 
-columns = st.columns(4)
+tiles: dict[str, int | None] = {}
 if totals:
-    columns[0].metric("Messages", text.count(totals.messages), border=True, help="In MongoDB.")
-    columns[1].metric("Vectors", text.count(totals.vectors), border=True, help="In Milvus.")
-    columns[2].metric("Users", text.count(totals.users), border=True, help="In the graph.")
-columns[3].metric(
-    "Rows read by the last run",
-    text.count(last.rows_read),
-    border=True,
-    chart_data=[one.rows_read for one in reversed(runs)],
-    chart_type="bar",
-)
+    tiles["Messages in MongoDB"] = totals.messages
+    tiles["Vectors in Milvus"] = totals.vectors
+    tiles["Users in the graph"] = totals.users
+tiles["Rows read by the last run"] = last.rows_read
+for column, (label, value) in zip(st.columns(4), tiles.items(), strict=False):
+    column.metric(label, text.count(value), border=True)
 if totals:
-    st.caption(f"Totals as published {text.moment(totals.published_at)}, generation {totals.generation}.")
+    st.caption(f"Stores as of {text.moment(totals.published_at)}, when a run was last published.")
 else:
-    st.caption("Totals appear once a run is published.")
+    st.caption("What the stores hold appears here once a run is published.")
 
 current = [one for one in found if one.run_id in {last.run_id, totals and totals.run_id}]
 st.subheader("What needs attention")
@@ -44,7 +40,7 @@ if not current:
 if earlier := len(found) - len(current):
     st.page_link(
         "views/anomalies.py",
-        label=f"{earlier} in the {len(runs)} latest runs before it",
+        label=f"{earlier} more in the {len(runs)} latest runs",
         icon=":material/history:",
     )
 

@@ -29,6 +29,10 @@ chosen = st.dataframe(
     placeholder="",
     column_config={
         "Started": st.column_config.DatetimeColumn(format="D MMM YYYY, HH:mm:ss"),
+        "Rows read": st.column_config.NumberColumn(format="localized"),
+        "Staged": st.column_config.NumberColumn(format="localized"),
+        "Unchanged or repeated": st.column_config.NumberColumn(format="localized"),
+        "Rejected": st.column_config.NumberColumn(format="localized"),
         "Status": st.column_config.MultiselectColumn(options=["success", "failed"], color=["green", "red"]),
     },
     on_select="rerun",
@@ -40,12 +44,12 @@ if rows := chosen.selection.rows:
     wanted = run_ids[rows[0]]
 
 stages = store.stages_of_run(engine, wanted)
-st.subheader("Stages of the run")
-st.code(wanted, language=None)
+st.subheader("One run")
 if not stages:
     st.info("There is no such run. Select one above.", icon=":material/search_off:")
     st.stop()
 
+st.code(wanted, language=None)
 for stage in stages:
     if stage.status == "failed":
         st.error(
@@ -74,7 +78,7 @@ st.dataframe(
     placeholder="",
     column_config={
         "Status": st.column_config.MultiselectColumn(
-            options=["success", "failed", "not_run"], color=["green", "red", "gray"]
+            options=["success", "failed", "skipped", "not_run"], color=["green", "red", "gray", "gray"]
         ),
         "Seconds": st.column_config.NumberColumn(format="%.2f"),
         "Rows/s": st.column_config.NumberColumn(format="%.0f"),

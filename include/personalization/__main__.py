@@ -1,16 +1,25 @@
-"""Command line: run the pipeline on a file, and manage the embedded local stack."""
+"""Conversations in, campaign recommendations out: run the pipeline, manage the embedded local stack."""
 
 import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import structlog
 import typer
+from rich.console import Console
+
+from personalization.errors import PersonalizationError
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
-stack_app = typer.Typer(help="The embedded local stack.")
+stack_app = typer.Typer(help="The embedded local stack: stores, Airflow, API and dashboard.", no_args_is_help=True)
 app.add_typer(stack_app, name="stack")
+
+console = Console()
+
+OnlyStores = Annotated[bool, typer.Option("--only-stores", help="Without Airflow, API and dashboard.")]
 
 
 @app.command()
@@ -20,18 +29,107 @@ def run(path: Annotated[Path, typer.Argument(help="Conversations: a JSON array o
     Exit status 0 where every stage succeeded, 1 otherwise.
     """
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
-    from personalization.pipeline import run_pipeline
+    from personalization.pipeline.run import run_pipeline
 
     summary = run_pipeline(path)
     typer.echo(json.dumps(summary, indent=2, default=str))
     raise typer.Exit(0 if summary["status"] == "success" else 1)
 
 
+@app.command()
+def demo(
+    input_path: Annotated[Path | None, typer.Option("--input", help="Your own file instead of the sample.")] = None,
+) -> None:
+    """Start the stack if need be, run the DAG on a file, and show recommendations."""
+    from personalization.local.config import StackConfig
+    from personalization.local.demo import SAMPLE, run_demo
+    from personalization.local.stack import Stack
+
+    stack = Stack(StackConfig())
+    stack.start(console.print)
+    run_demo(stack, input_path or SAMPLE, console)
+
+
 @stack_app.command()
-def start() -> None:
+def start(only_stores: OnlyStores = False) -> None:
     """Bring up what is not running; wait until everything answers."""
-    stack().start(typer.echo)
+    from personalization.local.config import StackConfig
+    from personalization.local.stack import Stack
+
+    Stack(StackConfig(), only_stores=only_stores).start(console.print)
+
+
+@stack_app.command()
+def stop() -> None:
+    """Stop every process; the data stay."""
+    from personalization.local.config import StackConfig
+    from personalization.local.stack import Stack
+
+    stopped = Stack(StackConfig()).stop()
+    console.print("stopped; the data stay in .local/" if stopped else "nothing was running")
+
+
+@stack_app.command()
+def status() -> None:
+    """Show every process. Exit status 1 if one has died."""
+    from rich.table import Table
+
+    from personalization.local.config import StackConfig
+    from personalization.local.stack import Stack
+
+    states = Stack(StackConfig()).states()
+    table = Table("service", "state", "port", "since", "log", box=None)
+    for one in states:
+        colour = "green" if one.running else "red" if one.crashed else "dim"
+        table.add_row(one.name, f"[{colour}]{one.state}[/]", str(one.port or ""), one.description, str(one.log))
+    console.print(table)
+    raise typer.Exit(1 if any(one.crashed for one in states) else 0)
+
+
+@stack_app.command()
+def logs(
+    service: Annotated[str | None, typer.Argument(help="One service; all where none is named.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines are written.")] = False,
+) -> None:
+    """Show the end of the logs."""
+    from personalization.local.config import StackConfig
+    from personalization.local.stack import Stack
+
+    stack = Stack(StackConfig())
+    names = [one.name for one in stack.services]
+    if service is not None and service not in names:
+        raise typer.BadParameter(f"no service {service!r}; there are: {', '.join(names)}")
+    files = [str(stack.log_file(name)) for name in ([service] if service else names) if stack.log_file(name).exists()]
+    if not files:
+        console.print("no logs yet; `make demo` starts the stack")
+        return
+    subprocess.run([shutil.which("tail") or "tail", *(["-F"] if follow else ["-n", "20"]), *files], check=False)  # noqa: S603
+
+
+@stack_app.command()
+def reset(yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
+    """Stop the stack and delete all its data."""
+    from personalization.local.config import StackConfig
+    from personalization.local.stack import Stack
+
+    stack = Stack(StackConfig())
+    if not stack.config.root.exists():
+        console.print("nothing to delete")
+        return
+    if not yes:
+        typer.confirm(f"Delete {stack.config.root} with all messages, vectors, graphs and runs in it?", abort=True)
+    stack.reset()
+    console.print("deleted")
+
+
+def main() -> None:
+    """Entry point: an error the platform foresees is one clear line."""
+    try:
+        app(prog_name="personalization")
+    except PersonalizationError as error:
+        Console(stderr=True).print(f"[red]error:[/] {error}", markup=True, highlight=False, soft_wrap=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    app(prog_name="personalization")
+    main()

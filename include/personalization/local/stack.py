@@ -32,6 +32,7 @@ EMBEDDING_POOL = "embedding"
 
 _UP_TIMEOUT_S = 180
 _LOG_LINES = 15
+_CONF = "supervisord.conf"
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,9 @@ class Stack:
     def reset(self) -> None:
         """Stop, and delete all data of the stack."""
         self.stop()
-        shutil.rmtree(self.config.root, ignore_errors=False)
+        if not (self.config.root / _CONF).exists():
+            raise LocalStackError(f"{self.config.root} does not look like the stack's folder; nothing was deleted")
+        shutil.rmtree(self.config.root)
 
     def states(self) -> list[ServiceState]:
         """The state of every process; STOPPED while the supervisor is down."""
@@ -178,7 +181,7 @@ class Stack:
     def _start_supervisor(self) -> None:
         if self._supervisor() is not None:
             return
-        conf = self.config.root / "supervisord.conf"
+        conf = self.config.root / _CONF
         write_private(conf, self._supervisor_conf())
         subprocess.run(
             [sys.executable, "-m", "supervisor.supervisord", "-c", str(conf)],
@@ -194,7 +197,7 @@ class Stack:
         def program(service: Service) -> str:
             command = shlex.join(service.command).replace("%", "%%")
             return (
-                f"[program:{service.name}]\ncommand={command}\ndirectory={self.config.project.absolute()}\n"
+                f"[program:{service.name}]\ncommand={command}\ndirectory={self.config.project}\n"
                 f"stdout_logfile={self.log_file(service.name)}\nredirect_stderr=true\n"
                 f"stdout_logfile_maxbytes=10MB\nstdout_logfile_backups=2\n"
                 # A crash shall be seen, not papered over: `make status` names it, `make demo` starts it again.

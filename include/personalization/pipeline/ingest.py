@@ -86,9 +86,10 @@ def ingest(
     sources = [SourceFile.of(path) for path in files]
     taker = _Taker(report, model, mongo, settings)
     shards = _ShardWriter(staging, settings.shard_rows)
-    report.details = {
-        "files": [{"uri": str(one.path), "sha256": one.sha256, "fingerprint": one.fingerprint} for one in sources]
-    }
+    facts = [{"uri": str(one.path), "sha256": one.sha256, "fingerprint": one.fingerprint} for one in sources]
+    report.details = {"files": facts}
+    if facts:
+        mongo.open_run(report.run_id, facts)
     for source in sources:
         rows = read_rows(source.path)
         while batch := list(islice(rows, _BATCH_ROWS)):
@@ -182,8 +183,8 @@ class _Taker:
 
     def _learn_published(self, run_ids: Iterable[str]) -> None:
         if unknown := {run_id for run_id in run_ids if run_id not in self._published}:
-            runs = self._mongo.published_runs(unknown)
-            self._published |= {run_id: runs.get(run_id, {}).get("model") == self._model for run_id in unknown}
+            published = self._mongo.runs_published_with(self._model, unknown)
+            self._published |= {run_id: run_id in published for run_id in unknown}
 
     def _document(self, source: SourceFile, row: Row, message: Message) -> dict[str, Any]:
         return {

@@ -1,7 +1,5 @@
 """Publish: the run's data become what is served."""
 
-from typing import Any
-
 import structlog
 
 from personalization.pipeline.catalog import catalog_version
@@ -22,7 +20,6 @@ def publish(
     report: StageReport,
     user_pages: list[Ref],
     *,
-    files: list[dict[str, Any]],
     catalog: Catalog,
     space: VectorSpace,
     mongo: MongoStore,
@@ -39,7 +36,7 @@ def publish(
     changed, the generation stays and cached answers stay good.
     """
     intents_version = f"{catalog.intents_version}:{settings.intent_threshold}"
-    mongo.record_published(report.run_id, {"model": space.model, "files": files})
+    mongo.publish_run(report.run_id, space.model)
     analytics.set_serving_state(catalog_version(catalog), intents_version, report.run_id)
     changed_users = sum(page["rows"] for page in user_pages)
     report.rows_in = report.rows_out = changed_users

@@ -79,10 +79,7 @@ def _run_stages(
         stack.enter_context(closing(cache.client))
         prepare(report, catalog=catalog, space=space, vectors=vectors, graph=graph, analytics=analytics)
     with stage("ingest") as report:
-        shards = ingest(
-            report, files=[path], model=space.model, mongo=mongo, staging=staging, settings=settings
-        )
-        files = report.details["files"]
+        shards = ingest(report, files=[path], model=space.model, mongo=mongo, staging=staging, settings=settings)
     with stage("embed_catalog") as report:
         utterances = embed_catalog(report, catalog=catalog, staging=staging, settings=settings)
     embedded = []
@@ -115,7 +112,6 @@ def _run_stages(
         publish(
             report,
             pages,
-            files=files,
             catalog=catalog,
             space=space,
             mongo=mongo,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from textwrap import shorten
 from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Engine, and_, select
@@ -20,6 +21,7 @@ from personalization.stores.analytics import PipelineRun, analytics_errors
 
 HIGH_REJECT_RATIO = 0.1
 
+_EVIDENCE_CHARS = 300
 _RUN_AGAIN = "run the pipeline again: it is safe to repeat and takes up what is unfinished."
 _CAUSES = {
     InputError.__name__: "Correct the input file",
@@ -28,6 +30,7 @@ _CAUSES = {
     EmbeddingError.__name__: "Check EMBEDDING_MODEL and EMBEDDING_DIM",
     StagingError.__name__: "Check STAGING_URI and the space that is left there",
     StoreError.__name__: "Check that the store is up and its settings are right",
+    "Killed": "Check that the worker has memory enough",
 }
 
 
@@ -68,7 +71,7 @@ def failed_stages(engine: Engine, runs: int) -> list[Anomaly]:
             run_started_at=row.run_started_at,
             stage=row.stage,
             title=f"Failed with {row.error_type or 'an unknown error'}",
-            evidence=row.error or "No message was recorded.",
+            evidence=shorten(row.error or "No message was recorded.", _EVIDENCE_CHARS, placeholder=" …"),
             advice=f"{_CAUSES.get(row.error_type, 'Read the log of the task')}, then {_RUN_AGAIN}",
         )
         for row in _suspect_stages(engine, runs, PipelineRun.status == "failed")

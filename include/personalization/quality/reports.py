@@ -36,7 +36,7 @@ class StageRun:
     run_id: str
     stage: str
     position: int
-    status: Literal["success", "failed", "not_run"]
+    status: Literal["success", "failed", "skipped", "not_run"]
     rows_in: int
     rows_out: int
     rejected: int

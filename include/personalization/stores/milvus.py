@@ -153,19 +153,14 @@ class VectorStore:
 class AsyncVectorReader:
     """Look-ups of the API."""
 
-    def __init__(self, client: AsyncMilvusClient) -> None:
-        self.client = client
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._connected: AsyncMilvusClient | None = None
 
-    @classmethod
-    async def connect(cls, settings: Settings) -> "AsyncVectorReader":
-        """Make the client inside the running event loop; it connects on first use."""
-        with milvus_errors():
-            client = AsyncMilvusClient(
-                uri=settings.milvus_uri,
-                token=settings.milvus_token.get_secret_value(),
-                timeout=settings.store_timeout_s,
-            )
-        return cls(client)
+    async def close(self) -> None:
+        """Close the connection, if there is one."""
+        if self._connected is not None:
+            await self._connected.close()
 
     async def neighbours(self, user_id: str, limit: int) -> list[Neighbour]:
         """Users nearest to `user_id` by cosine, best first, never the user; empty for an unknown one.
@@ -173,10 +168,11 @@ class AsyncVectorReader:
         Two round trips. Over-fetches by one instead of filtering: filtered HNSW returns too few hits.
         """
         with milvus_errors():
-            own = await self.client.get(USERS, ids=[user_id], output_fields=["embedding"])
+            client = self._client()
+            own = await client.get(USERS, ids=[user_id], output_fields=["embedding"])
             if not own or limit == 0:
                 return []
-            hits = await self.client.search(
+            hits = await client.search(
                 USERS,
                 data=[own[0]["embedding"]],
                 limit=limit + 1,
@@ -184,3 +180,13 @@ class AsyncVectorReader:
             )
         others = (Neighbour(user_id=hit["id"], similarity=float(hit["distance"])) for hit in hits[0])
         return [one for one in others if one["user_id"] != user_id][:limit]
+
+    def _client(self) -> AsyncMilvusClient:
+        # Made on first use: the constructor needs the running loop, and a Milvus that answers.
+        if self._connected is None:
+            self._connected = AsyncMilvusClient(
+                uri=self._settings.milvus_uri,
+                token=self._settings.milvus_token.get_secret_value(),
+                timeout=self._settings.store_timeout_s,
+            )
+        return self._connected

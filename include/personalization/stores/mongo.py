@@ -85,22 +85,29 @@ class MongoStore:
         """Keep refused rows by `_id` (file digest and row), so that a rerun adds none."""
         self._replace_all(self.quarantine, documents)
 
-    def record_published(self, run_id: str, facts: Document) -> None:
-        """Mark a run's messages as processed in every store."""
-        document = {**facts, "_id": run_id, "published_at": datetime.now(UTC)}
+    def open_run(self, run_id: str, files: Sequence[Document]) -> None:
+        """Remember which files a run takes."""
         with mongo_errors():
-            self.runs.replace_one({"_id": run_id}, document, upsert=True)
+            self.runs.update_one({"_id": run_id}, {"$set": {"files": list(files)}}, upsert=True)
 
-    def published_runs(self, run_ids: Iterable[str]) -> dict[str, Document]:
-        """Which of the runs were published, and what is known of them."""
+    def publish_run(self, run_id: str, model: str) -> None:
+        """Mark a run's messages as processed in every store, and its files as taken."""
+        facts = {"model": model, "published_at": datetime.now(UTC)}
         with mongo_errors():
-            return {run["_id"]: run for run in self.runs.find({"_id": {"$in": sorted(set(run_ids))}})}
+            self.runs.update_one({"_id": run_id}, {"$set": facts}, upsert=True)
+
+    def runs_published_with(self, model: str, run_ids: Iterable[str]) -> set[str]:
+        """Which of the runs were published with this embedding model."""
+        query = {"_id": {"$in": sorted(set(run_ids))}, "model": model}
+        with mongo_errors():
+            return {run["_id"] for run in self.runs.find(query, {"_id": 1})}
 
     def published_files(self, fingerprints: Iterable[str]) -> set[str]:
         """Which of these file fingerprints a published run has taken."""
         wanted = list(fingerprints)
         with mongo_errors():
-            runs = self.runs.find({"files.fingerprint": {"$in": wanted}}, {"files.fingerprint": 1})
+            query = {"files.fingerprint": {"$in": wanted}, "published_at": {"$exists": True}}
+            runs = self.runs.find(query, {"files.fingerprint": 1})
             return {file["fingerprint"] for run in runs for file in run["files"]} & set(wanted)
 
     def count_messages(self) -> int:

@@ -1,0 +1,1 @@
+"""What the product exists for: which campaigns are worth showing to a user, and why."""

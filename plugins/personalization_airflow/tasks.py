@@ -1,0 +1,170 @@
+"""The pipeline's tasks: each a stage with the clients of its stores.
+
+Imports are inside, so that parsing the DAG loads no driver; torch comes with the first text encoded.
+"""
+
+from collections.abc import Sequence
+from personalization.schemas import Ref
+
+def prepare() -> None:
+    """Make the stores ready and bring the catalog into them."""
+    from personalization.pipeline import catalog
+    from personalization_airflow.stage import stage
+    from personalization_airflow.stores import analytics_store, graph_store, vector_store
+
+    with (
+        stage("prepare") as s,
+        vector_store() as vectors,
+        graph_store(s.settings) as graph,
+        analytics_store(s.settings) as analytics,
+    ):
+        catalog.prepare(
+            s.report, catalog=s.catalog, space=s.space, vectors=vectors, graph=graph, analytics=analytics
+        )
+
+
+def ingest(input_path: str) -> list[Ref]:
+    """Take the named file, or what is new in the inbox; return the staged shards."""
+    from personalization.pipeline import ingest
+    from personalization_airflow.stage import stage
+    from personalization_airflow.stores import mongo_store
+
+    with stage("ingest") as s, mongo_store(s.settings) as mongo:
+        files = ingest.select_files(input_path or None, inbox_uri=s.settings.inbox_uri, mongo=mongo)
+        return ingest.ingest(
+            s.report, files=files, model=s.space.model, mongo=mongo, staging=s.staging, settings=s.settings
+        )
+
+
+def embed_catalog() -> Ref:
+    """Embed the catalog's example utterances, once a catalog and model."""
+    from personalization.pipeline import embed
+    from personalization_airflow.stage import stage
+
+    with stage("embed_catalog") as s:
+        return embed.embed_catalog(s.report, catalog=s.catalog, staging=s.staging, settings=s.settings)
+
+
+def embed(shard: Ref) -> Ref:
+    """Embed one shard of messages."""
+    from personalization.pipeline import embed
+    from personalization_airflow.stage import stage
+
+    with stage("embed") as s:
+        return embed.embed(s.report, shard, staging=s.staging, settings=s.settings)
+
+
+def upsert_vectors(shard: Ref) -> None:
+    """Write one shard's vectors to Milvus."""
+    from personalization.pipeline import vectors
+    from personalization_airflow.stage import stage
+    from personalization_airflow.stores import vector_store
+
+    with stage("upsert_vectors") as s, vector_store() as store:
+        vectors.upsert_vectors(s.report, shard, space=s.space, vectors=store)
+
+
+def detect_intents(shards: Sequence[Ref] | None, utterances: Ref) -> list[Ref]:
+    """Find what each message expresses; return the users to refresh, in pages."""
+    from personalization.pipeline import intents
+    from personalization_airflow.stage import stage
+    from personalization_airflow.stores import analytics_store, vector_store
+
+    with stage("detect_intents") as s, analytics_store(s.settings) as analytics, vector_store() as vectors:
+        return intents.detect_intents(
+            s.report,
+            list(shards or []),  # None where nothing was mapped
+            utterances,
+            catalog=s.catalog,
+            space=s.space,
+            analytics=analytics,
+            vectors=vectors,
+            staging=s.staging,
+            settings=s.settings,
+        )
+
+
+def build_graph(user_page: Ref) -> None:
+    """Write what one page of users expressed and engaged with to Neo4j."""
+    from personalization.pipeline import graph
+    from personalization_airflow.stage import stage
+    from personalization_airflow.stores import analytics_store, graph_store
+
+    with (
+        stage("build_graph") as s,
+        analytics_store(s.settings) as analytics,
+        graph_store(s.settings) as store,
+    ):
+        graph.build_graph(s.report, user_page, analytics=analytics, graph=store)
+
+
+def roll_up_engagement(user_pages: list[Ref]) -> None:
+    """Set the users' engagement and the campaigns' totals."""
+    from personalization.pipeline import engagement
+    from personalization_airflow.stage import stage
+    from personalization_airflow.stores import analytics_store
+
+    with stage("roll_up_engagement") as s, analytics_store(s.settings) as analytics:
+        engagement.roll_up_engagement(s.report, user_pages, analytics=analytics)
+
+
+def refresh_profiles(user_pages: list[Ref]) -> None:
+    """Set the users' vectors from those of their messages."""
+    from personalization.pipeline import vectors
+    from personalization_airflow.stage import stage
+    from personalization_airflow.stores import analytics_store, vector_store
+
+    with stage("refresh_profiles") as s, analytics_store(s.settings) as analytics, vector_store() as store:
+        vectors.refresh_profiles(
+            s.report, user_pages, space=s.space, analytics=analytics, vectors=store, settings=s.settings
+        )
+
+
+def publish(user_pages: list[Ref]) -> None:
+    """Make the run's data what is served."""
+    from personalization.pipeline import publish
+    from personalization_airflow.stage import stage
+    from personalization_airflow.stores import (
+        analytics_store,
+        cache_publisher,
+        graph_store,
+        mongo_store,
+        vector_store,
+    )
+
+    with (
+        stage("publish") as s,
+        mongo_store(s.settings) as mongo,
+        vector_store() as vectors,
+        graph_store(s.settings) as graph,
+        analytics_store(s.settings) as analytics,
+        cache_publisher() as cache,
+    ):
+        publish.publish(
+            s.report,
+            user_pages,
+            catalog=s.catalog,
+            space=s.space,
+            mongo=mongo,
+            vectors=vectors,
+            graph=graph,
+            analytics=analytics,
+            cache=cache,
+            staging=s.staging,
+            settings=s.settings,
+        )
+
+
+def record_lineage() -> None:
+    """Write a row for every stage to `pipeline_runs`, whatever became of the run."""
+    from airflow.sdk import get_current_context
+
+    from personalization.pipeline import lineage
+    from personalization.staging import Staging
+    from personalization_airflow.stage import run_settings
+    from personalization_airflow.stores import analytics_store
+
+    run_id = str(get_current_context()["run_id"])
+    settings = run_settings()
+    with analytics_store(settings) as analytics:
+        lineage.record_lineage(run_id, Staging(settings.staging_uri, run_id), analytics)

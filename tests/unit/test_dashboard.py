@@ -1,0 +1,197 @@
+"""Every page of the dashboard over stores in every state, without a browser."""
+
+import sqlite3
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import streamlit as st
+from dashboard_data import NOW, open_store, run_rows, seed
+from personalization.settings import get_settings
+from streamlit.testing.v1 import AppTest
+
+APP = Path(__file__).parents[2] / "dashboards" / "app.py"
+PAGES = ["overview", "runs", "latency", "anomalies", "engagement"]
+
+
+@pytest.fixture(scope="module")
+def seeded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("dashboard") / "analytics.db"
+    seed(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The path the dashboard reads; nothing is there yet."""
+    monkeypatch.chdir(tmp_path)  # away from the .env files of a working copy
+    monkeypatch.delenv("ANALYTICS_URL", raising=False)
+    _use(tmp_path / "analytics.db", monkeypatch)
+    yield tmp_path / "analytics.db"
+    get_settings.cache_clear()
+
+
+def _use(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SQLITE_PATH", str(path))
+    get_settings.cache_clear()
+    st.cache_data.clear()
+    st.cache_resource.clear()
+
+
+def open_page(name: str, **query: str) -> AppTest:
+    app = AppTest.from_file(APP, default_timeout=60).run()
+    for key, value in query.items():
+        app.query_params[key] = value
+    app.switch_page(f"views/{name}.py").run()
+    assert not app.exception
+    assert app.title[0].value == name.capitalize()
+    return app
+
+
+def metrics(app: AppTest) -> dict[str, str]:
+    return {metric.label: metric.value for metric in app.metric}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_over_data_shows_a_chart(page: str, seeded: Path, monkeypatch: pytest.MonkeyPatch):
+    _use(seeded, monkeypatch)
+
+    app = open_page(page)
+
+    assert not app.error
+    assert not app.info
+    assert app.get("plotly_chart")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_over_a_missing_file_says_what_to_do_and_makes_no_file(page: str, database: Path):
+    app = open_page(page)
+
+    assert "make demo" in app.info[0].value
+    assert not database.exists()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_over_a_file_without_tables_says_what_to_do(page: str, database: Path):
+    database.touch()
+
+    app = open_page(page)
+
+    assert "make demo" in app.info[0].value
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_over_tables_without_rows_says_what_to_do(page: str, database: Path):
+    open_store(database)
+
+    app = open_page(page)
+
+    assert "make demo" in app.info[0].value
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_over_a_broken_store_says_so_in_one_line(page: str, database: Path):
+    database.write_text("this is no database, " * 100)
+
+    app = open_page(page)
+
+    assert len(app.error) == 1
+    assert "analytics" in app.error[0].value
+    assert "\n" not in app.error[0].value
+
+
+@pytest.mark.parametrize("page", ["overview", "runs", "anomalies"])
+def test_a_page_over_a_single_failed_run_shows_the_failure(page: str, database: Path):
+    broken = {"status": "failed", "error_type": "CatalogError", "error": "campaign ids must be unique"}
+    open_store(database).record_runs(run_rows("first", prepare=broken))
+
+    app = open_page(page)
+
+    shown = [*app.text, *app.code]
+    assert any("campaign ids must be unique" in element.value for element in shown)
+
+
+def test_latency_without_a_stage_that_succeeded_says_so(database: Path):
+    open_store(database).record_runs(run_rows("first", prepare={"status": "failed"}))
+
+    assert "No stage has succeeded" in open_page("latency").info[0].value
+
+
+def test_engagement_before_any_campaign_says_what_to_do(database: Path):
+    open_store(database).record_runs(run_rows("first"))
+
+    assert "make demo" in open_page("engagement").info[0].value
+
+
+def test_the_overview_shows_what_the_stores_held_at_the_last_publish(database: Path):
+    store = open_store(database)
+    details = {"messages": 12_345, "vectors": 12_340, "users": 678, "users_without_intent": 0}
+    store.record_runs(run_rows("run", publish={"details": details}))
+
+    app = open_page("overview")
+
+    shown = metrics(app)
+    assert shown["Messages in MongoDB"] == "12,345"
+    assert shown["Vectors in Milvus"] == "12,340"
+    assert shown["Users in the graph"] == "678"
+    assert any("Messages without a vector" in one.value for one in app.markdown)
+
+
+def test_the_overview_of_a_clean_run_says_that_nothing_is_wrong(database: Path):
+    details = {"messages": 5, "vectors": 5, "users": 2, "users_without_intent": 0}
+    open_store(database).record_runs(run_rows("run", publish={"details": details}))
+
+    assert "Nothing is wrong" in open_page("overview").success[0].value
+
+
+def test_a_link_to_a_run_opens_that_run(database: Path):
+    store = open_store(database)
+    broken = {"status": "failed", "error_type": "StoreError", "error": "neo4j: does not answer"}
+    store.record_runs(run_rows("older", NOW - timedelta(days=300), embed=broken))
+    store.record_runs(run_rows("newer"))
+
+    assert open_page("runs").code[0].value == "newer"
+    app = open_page("runs", run="older")
+    assert app.code[0].value == "older"
+    assert app.code[1].value == "neo4j: does not answer"
+
+
+def test_a_link_to_a_run_that_is_gone_says_so(database: Path):
+    open_store(database).record_runs(run_rows("run"))
+
+    assert "no such run" in open_page("runs", run="gone").info[0].value
+
+
+def test_throughput_can_be_shown_in_place_of_seconds(seeded: Path, monkeypatch: pytest.MonkeyPatch):
+    _use(seeded, monkeypatch)
+    app = open_page("latency")
+
+    app.segmented_control[0].set_value("Rows per second").run()
+
+    assert not app.exception
+    assert metrics(app)["embed"].endswith("/s")
+
+
+def test_an_anomaly_that_recurs_is_shown_once(database: Path):
+    store = open_store(database)
+    for number in range(3):
+        store.record_runs(run_rows(f"run {number}", ingest={"rows_in": 100, "rejected": 50}))
+
+    app = open_page("anomalies")
+
+    titles = [one.value for one in app.markdown if "Many rejected rows" in one.value]
+    assert len(titles) == 1
+    assert any("3 runs" in one.value for one in app.markdown)
+
+
+def test_looking_at_every_page_changes_nothing(seeded: Path, monkeypatch: pytest.MonkeyPatch):
+    _use(seeded, monkeypatch)
+    with sqlite3.connect(seeded) as connection:
+        before = list(connection.iterdump())
+
+    for page in PAGES:
+        open_page(page)
+
+    with sqlite3.connect(seeded) as connection:
+        assert list(connection.iterdump()) == before
