@@ -204,15 +204,19 @@ def campaigns(shown: Sequence[CampaignEngagement], now: datetime) -> go.Figure:
 
 def categories(shown: Sequence[CategoryEngagement]) -> go.Figure:
     """Messages that speak to the campaigns of each category."""
-    return _ranking([one.category for one in shown], [one.messages for one in shown])
+    return _ranking(
+        [one.category for one in shown], [one.messages for one in shown], [one.last_at for one in shown]
+    )
 
 
 def users(shown: Sequence[EngagedUser]) -> go.Figure:
     """Messages of the users who engage most."""
-    return _ranking([one.user_id for one in shown], [one.messages for one in shown])
+    return _ranking(
+        [one.user_id for one in shown], [one.messages for one in shown], [one.last_at for one in shown]
+    )
 
 
-def _ranking(names: list[str], messages: list[int]) -> go.Figure:
+def _ranking(names: list[str], messages: list[int], last_at: Sequence[int | None]) -> go.Figure:
     figure = go.Figure()
     figure.add_bar(
         y=names,
@@ -222,7 +226,8 @@ def _ranking(names: list[str], messages: list[int]) -> go.Figure:
         text=[f"{value:,}" for value in messages],
         textposition="outside",
         cliponaxis=False,
-        hovertemplate="%{y}: %{x:,} messages<extra></extra>",
+        customdata=[text.moment(text.local_ms(one) if one else None) for one in last_at],
+        hovertemplate="%{y}: %{x:,} messages, the last %{customdata}<extra></extra>",
     )
     # Ids of digits alone are names too, not places on a scale.
     figure.update_yaxes(type="category", autorange="reversed")

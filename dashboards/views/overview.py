@@ -40,7 +40,7 @@ if not current:
 if earlier := len(found) - len(current):
     st.page_link(
         "views/anomalies.py",
-        label=f"{earlier} more in the {len(runs)} latest runs",
+        label=f"{earlier} more anomalies in the {len(runs)} latest runs",
         icon=":material/history:",
     )
 

@@ -3,6 +3,8 @@
 import streamlit as st
 from components import cards, store, text
 
+ROWS = st.column_config.NumberColumn(format="localized")
+
 engine = store.engine()
 limit = st.segmented_control("Latest runs", [25, 100, 500], default=25, required=True) or 25
 runs = store.latest_runs(engine, limit)
@@ -15,7 +17,7 @@ chosen = st.dataframe(
             "Started": one.started_at and text.local(one.started_at),
             "Status": [one.status],
             "Failed stage": one.failed_stages,
-            "Work": text.duration(one.seconds),
+            "Seconds": one.seconds,
             "Rows read": one.rows_read,
             "Staged": one.staged,
             "Unchanged or repeated": one.skipped,
@@ -29,10 +31,8 @@ chosen = st.dataframe(
     placeholder="",
     column_config={
         "Started": st.column_config.DatetimeColumn(format="D MMM YYYY, HH:mm:ss"),
-        "Rows read": st.column_config.NumberColumn(format="localized"),
-        "Staged": st.column_config.NumberColumn(format="localized"),
-        "Unchanged or repeated": st.column_config.NumberColumn(format="localized"),
-        "Rejected": st.column_config.NumberColumn(format="localized"),
+        "Seconds": st.column_config.NumberColumn(format="%.1f", help="Work time of all stages"),
+        **dict.fromkeys(["Rows read", "Staged", "Unchanged or repeated", "Rejected"], ROWS),
         "Status": st.column_config.MultiselectColumn(options=["success", "failed"], color=["green", "red"]),
     },
     on_select="rerun",
@@ -77,6 +77,7 @@ st.dataframe(
     hide_index=True,
     placeholder="",
     column_config={
+        **dict.fromkeys(["Rows in", "Rows out", "Skipped", "Rejected"], ROWS),
         "Status": st.column_config.MultiselectColumn(
             options=["success", "failed", "skipped", "not_run"], color=["green", "red", "gray", "gray"]
         ),

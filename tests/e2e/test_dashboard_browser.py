@@ -13,7 +13,7 @@ from urllib.request import urlopen
 
 import pytest
 from dashboard_data import seed
-from playwright.sync_api import Browser, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 ROOT = Path(__file__).parents[2]
 ARTIFACTS = ROOT / "test-artifacts"
@@ -86,10 +86,7 @@ def test_each_page_shows_its_heading_and_a_chart_without_console_errors(
     for name in PAGES:
         page.get_by_test_id("stSidebarNav").get_by_role("link", name=name).click(timeout=PATIENCE_MS)
 
-        heading = page.get_by_role("heading", name=name, exact=True, level=1)
-        expect(heading).to_be_visible(timeout=PATIENCE_MS)
-        expect(page.locator("[data-stale=true]")).to_have_count(0, timeout=PATIENCE_MS)
-        expect(page.get_by_test_id("stStatusWidget")).to_have_count(0, timeout=PATIENCE_MS)
+        _expect_page(page, name)
         expect(page.locator(".js-plotly-plot .main-svg").first).to_be_visible(timeout=PATIENCE_MS)
         expect(page.get_by_test_id("stException")).to_have_count(0)
         page.screenshot(path=ARTIFACTS / f"dashboard-{name.lower()}-{scheme}.png")
@@ -100,11 +97,21 @@ def test_each_page_shows_its_heading_and_a_chart_without_console_errors(
 def test_an_anomaly_leads_to_its_run(dashboard: str, browser: Browser):
     page = browser.new_page()
     page.goto(f"{dashboard}/anomalies")
-    page.get_by_test_id("stPageLink").first.click(timeout=PATIENCE_MS)
+    _expect_page(page, "Anomalies")
+    # The cards move down once the chart is drawn.
+    expect(page.locator(".js-plotly-plot .main-svg").first).to_be_visible(timeout=PATIENCE_MS)
+    page.get_by_test_id("stPageLink").first.click()
 
-    expect(page.get_by_role("heading", name="Runs", exact=True, level=1)).to_be_visible(timeout=PATIENCE_MS)
+    _expect_page(page, "Runs")
     expect(page.get_by_text("failed with StoreError")).to_be_visible(timeout=PATIENCE_MS)
     page.close()
+
+
+def _expect_page(page: Page, name: str) -> None:
+    heading = page.get_by_role("heading", name=name, exact=True, level=1)
+    expect(heading).to_be_visible(timeout=PATIENCE_MS)
+    for unfinished in ("[data-stale=true]", "[data-testid=stSkeleton]", "[data-testid=stStatusWidget]"):
+        expect(page.locator(unfinished)).to_have_count(0, timeout=PATIENCE_MS)
 
 
 def _wait_until_healthy(address: str, server: subprocess.Popen[bytes], log: Path) -> None:

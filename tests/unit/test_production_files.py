@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ SETTINGS = {name.upper(): field for name, field in Settings.model_fields.items()
 # Airflow takes the stores' addresses as connections; the databases keep their names.
 NOT_FOR_COMPOSE = {"MONGODB_URI", "MONGODB_DATABASE", "NEO4J_DATABASE", "ANALYTICS_URL"}
 
-_PLACEHOLDER = re.compile(r"\$\{(?P<name>\w+)(?::(?P<how>[-?])(?P<what>[^}]*))?\}")
+_PLACEHOLDER = re.compile(r"(?<!\$)\$\{(?P<name>\w+)(?::(?P<how>[-?])(?P<what>[^}]*))?\}")
 
 
 def environment(service: str) -> dict[str, str]:
@@ -88,6 +89,23 @@ def instructions(dockerfile: Path) -> list[tuple[str, str]]:
     text = re.sub(r"^\s*#.*\n", "", dockerfile.read_text(encoding="utf-8"), flags=re.MULTILINE)
     lines = re.sub(r"\\\n\s*", " ", text).splitlines()
     return [(name.upper(), rest.strip()) for name, _, rest in (line.partition(" ") for line in lines) if name]
+
+
+@cache
+def airflow_options() -> dict[str, Any]:
+    """Airflow's own list of its options, by section; empty where Airflow is not installed."""
+    try:
+        file = distribution("apache-airflow-core").locate_file("airflow/config_templates/config.yml")
+    except PackageNotFoundError:
+        return {}
+    return yaml.safe_load(Path(str(file)).read_text(encoding="utf-8"))
+
+
+def is_airflow_option(name: str) -> bool:
+    match = re.fullmatch(r"airflow__([a-z_]+?)__([a-z_]+)", name.lower())
+    if match is None or not airflow_options():
+        return match is not None or name == "AIRFLOW_CONFIG"
+    return match[2] in airflow_options().get(match[1], {}).get("options", {})
 
 
 def tool(name: str) -> str:
@@ -216,7 +234,7 @@ class TestEnvironment:
             name
             for name in environment(service)
             if not re.fullmatch(FOREIGN_VARIABLES.get(service, ""), name)
-            and not ("build" in SERVICES[service] and (name in SETTINGS or _is_airflow_option(name)))
+            and not ("build" in SERVICES[service] and (name in SETTINGS or is_airflow_option(name)))
         }
 
         assert not unknown
@@ -261,7 +279,7 @@ class TestEnvironment:
     @pytest.mark.parametrize("service", SERVICES)
     def test_every_secret_comes_from_env(self, service: str):
         for name, value in environment(service).items():
-            secret = re.search(r'://[^/@]*:([^@]*)@|"password": "([^"]*)"', value)
+            secret = re.search(r'://[^/@:]*:([^@]*)@|"password": "([^"]*)"', value)
             if re.search(r"(PASSWORD|SECRET|TOKEN|_KEY|AUTH)$", name) or secret:
                 asked = secret[1] or secret[2] if secret else re.sub(r"^(root:|neo4j/)", "", value)
                 match = _PLACEHOLDER.fullmatch(asked)
@@ -336,15 +354,3 @@ class TestDockerfiles:
         }
 
         assert copied == allowed
-
-
-def _is_airflow_option(name: str) -> bool:
-    if name == "AIRFLOW_CONFIG":
-        return True
-    try:
-        file = distribution("apache-airflow-core").locate_file("airflow/config_templates/config.yml")
-    except PackageNotFoundError:
-        return re.fullmatch(r"AIRFLOW__[A-Z_]+__[A-Z_]+", name) is not None
-    sections: dict[str, Any] = yaml.safe_load(Path(str(file)).read_text(encoding="utf-8"))
-    _, section, option = (*name.lower().split("__"), "", "")[:3]
-    return option in sections.get(section, {}).get("options", {})

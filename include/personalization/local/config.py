@@ -63,7 +63,7 @@ class StackConfig(BaseSettings):
         """Passwords and keys of the local servers, drawn once and kept beside their data."""
         file = self.root / "secrets.json"
         known: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        drawn = {name: known.get(name) or secrets.token_urlsafe(32) for name in ("neo4j", "redis", "airflow")}
+        drawn = {name: known.get(name) or secrets.token_urlsafe(64) for name in ("neo4j", "redis", "airflow")}
         if drawn != known:
             write_private(file, json.dumps(drawn))
         return drawn
@@ -111,7 +111,6 @@ class StackConfig(BaseSettings):
             "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
             "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
             "AIRFLOW__CORE__PARALLELISM": "4",
-            "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
             "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{address}/execution/",
             # The UI is on loopback and has one user: whoever sits at this machine.
             "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",

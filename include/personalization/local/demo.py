@@ -9,7 +9,6 @@ from typing import Any
 import httpx
 from rich.console import Console
 from rich.markup import escape
-from rich.panel import Panel
 from upath import UPath
 
 from personalization.errors import LocalStackError, PersonalizationError
@@ -46,21 +45,20 @@ def run_demo(stack: Stack, input_path: Path, console: Console) -> None:
     config = stack.config
     with _airflow(config) as airflow:
         _wait_until_parsed(airflow, stack)
-        airflow.patch(f"/dags/{DAG_ID}", json={"is_paused": False}).raise_for_status()
         trigger = {"logical_date": None, "conf": {"input_path": str(source)}}
         run_id = airflow.post(f"/dags/{DAG_ID}/dagRuns", json=trigger).raise_for_status().json()["dag_run_id"]
-        console.print(f"\nTriggered [bold]{DAG_ID}[/] on {escape(str(source))}, run {run_id}")
+        # Only now, so that this run goes before the first scheduled one.
+        airflow.patch(f"/dags/{DAG_ID}", json={"is_paused": False}).raise_for_status()
+        console.print(f"\nTriggered [bold]{DAG_ID}[/] on {escape(str(source))}, run {run_id}", highlight=False, soft_wrap=True)
         _follow(airflow, stack, run_id, console)
     _show_recommendations(config, source, console)
     console.print(
-        Panel(
-            f"Airflow    http://{HOST}:{config.airflow_port}/dags/{DAG_ID}/runs/{run_id}\n"
-            f"API        http://{HOST}:{config.api_port}/docs\n"
-            f"Dashboard  http://{HOST}:{config.dashboard_port}\n\n"
-            "`make status` shows the stack, `make stop` stops it, `make demo INPUT=your.json` takes your own file.",
-            title="Running",
-            expand=False,
-        )
+        f"Airflow    http://{HOST}:{config.airflow_port}/dags/{DAG_ID}\n"
+        f"API        http://{HOST}:{config.api_port}/docs\n"
+        f"Dashboard  http://{HOST}:{config.dashboard_port}\n\n"
+        "`make status` shows the stack, `make stop` stops it, `make demo INPUT=your.json` takes your own file.",
+        highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -135,7 +133,7 @@ def _show_recommendations(config: StackConfig, source: UPath, console: Console) 
             for place, one in enumerate(answer["recommendations"], start=1):
                 console.print(f"  {place}. [bold cyan]{escape(one['name'])}[/]  {one['score']:.2f}")
                 for reason in one["reasons"]:
-                    console.print(f"       {reason['share']:.2f}  {escape(reason['text'])}", highlight=False)
+                    console.print(f"       {reason['share']:.2f}  {escape(reason['text'])}", highlight=False, soft_wrap=True)
     console.print()
 
 

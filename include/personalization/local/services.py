@@ -49,9 +49,10 @@ def airflow_services(config: StackConfig) -> list[Service]:
             raise LocalStackError(f"not healthy yet: {', '.join(sick)}")
 
     return [
-        Service("airflow-scheduler", [airflow, "scheduler"], None),
+        # Task logs are files here; Airflow's log server would listen on every interface.
+        Service("airflow-scheduler", [airflow, "scheduler", "--skip-serve-logs"], None),
         Service("airflow-dag-processor", [airflow, "dag-processor"], None),
-        Service("airflow-triggerer", [airflow, "triggerer"], None),
+        Service("airflow-triggerer", [airflow, "triggerer", "--skip-serve-logs"], None),
         Service("airflow", [airflow, "api-server"], healthy, config.airflow_port, "AIRFLOW_PORT"),
     ]
 

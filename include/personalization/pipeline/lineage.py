@@ -101,31 +101,33 @@ def record_lineage(run_id: str, staging: Staging, analytics: AnalyticsStore) -> 
 def _stage_row(
     run_id: str, position: int, stage: str, reports: list[StageReport], *, run_failed: bool
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {"run_id": run_id, "stage": stage, "position": position, "shards": len(reports)}
+    broken = next((report for report in reports if report.status != "success"), None)
     if not reports:
         # Without a failure, a stage has no task only where it is mapped over nothing.
-        return {**row, "status": "not_run" if run_failed else "skipped", "details": {}}
-    broken = next((report for report in reports if report.status != "success"), None)
-    if broken is None:
+        status, error_type, error = "not_run" if run_failed else "skipped", None, None
+    elif broken is None:
         status, error_type, error = "success", None, None
     elif broken.status == "running":
         status, error_type, error = "failed", "Killed", "the task was killed before it could finish"
     else:
         status, error_type, error = "failed", broken.error_type, broken.error
     return {
-        **row,
+        "run_id": run_id,
+        "stage": stage,
+        "position": position,
         "status": status,
+        "shards": len(reports),
         "rows_in": sum(report.rows_in for report in reports),
         "rows_out": sum(report.rows_out for report in reports),
         "rejected": sum(report.rejected for report in reports),
         "skipped": sum(report.skipped for report in reports),
-        "attempt": max(report.attempt for report in reports),
-        "started_at": min(report.started_at for report in reports),
+        "attempt": max((report.attempt for report in reports), default=0),
+        "started_at": min((report.started_at for report in reports), default=None),
         "finished_at": max((report.finished_at for report in reports if report.finished_at), default=None),
         "seconds": sum(report.seconds for report in reports),
         "error_type": error_type,
         "error": error,
-        "details": (broken or reports[0]).details,
+        "details": broken.details if broken else reports[0].details if reports else {},
     }
 
 

@@ -16,7 +16,6 @@ class RunSummary:
 
     run_id: str
     started_at: datetime | None
-    finished_at: datetime | None
     status: Literal["success", "failed"]
     failed_stages: str | None
     seconds: float
@@ -80,7 +79,6 @@ class Totals:
     run_id: str
     run_started_at: datetime | None
     published_at: datetime | None
-    generation: int | None
     messages: int | None
     vectors: int | None
     users: int | None
@@ -114,7 +112,6 @@ class CategoryEngagement:
     """The campaigns of a category. A message that speaks to two of them counts twice."""
 
     category: str
-    campaigns: int
     messages: int
     last_at: int | None
 
@@ -155,7 +152,6 @@ def latest_runs(engine: Engine, limit: int) -> list[RunSummary]:
         select(
             newest.c.run_id,
             newest.c.run_started_at.label("started_at"),
-            func.max(PipelineRun.finished_at).label("finished_at"),
             func.max(case((failed, "failed"), else_="")).label("status"),
             func.aggregate_strings(case((failed, PipelineRun.stage)), ", ").label("failed_stages"),
             func.sum(PipelineRun.seconds).label("seconds"),
@@ -210,7 +206,7 @@ def latest_totals(engine: Engine) -> Totals | None:
             PipelineRun.finished_at.label("published_at"),
             *(
                 PipelineRun.details[name].as_integer().label(name)
-                for name in ("generation", "messages", "vectors", "users", "users_without_intent")
+                for name in ("messages", "vectors", "users", "users_without_intent")
             ),
         )
         .join(first, and_(first.run_id == PipelineRun.run_id, first.position == 0))
@@ -237,7 +233,6 @@ def category_engagement(engine: Engine, limit: int) -> list[CategoryEngagement]:
     query = (
         select(
             CampaignRecord.category,
-            func.count().label("campaigns"),
             messages.label("messages"),
             func.max(CampaignRecord.last_at).label("last_at"),
         )

@@ -26,7 +26,7 @@ from sqlalchemy import (
     insert,
     select,
 )
-from sqlalchemy.exc import DatabaseError, SQLAlchemyError
+from sqlalchemy.exc import DatabaseError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -157,8 +157,6 @@ def analytics_errors() -> Iterator[None]:
         yield
     except DatabaseError as error:
         raise StoreError("analytics", f"{type(error).__name__}: {error.orig}; check SQLITE_PATH") from error
-    except SQLAlchemyError as error:
-        raise StoreError("analytics", f"does not answer ({type(error).__name__})") from error
 
 
 class AnalyticsStore:

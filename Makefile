@@ -1,0 +1,57 @@
+# Everything runs from .venv; nothing but Python 3.11 and make has to be there before.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+RUN := $(BIN)/python -m personalization
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo stop status logs reset test lint format bench lock
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+# Torch comes by pip, alone and pinned: pip finds a CPU wheel at hand, where there is none the CUDA build.
+$(READY): pyproject.toml requirements.lock
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not installed; set PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock torch uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c requirements.lock -e '.[pipeline,airflow,api,dashboard,local,dev]'
+	@touch $@
+
+install: $(READY) ## Set up .venv from the lock file
+
+demo: $(READY) ## Run the platform on sample conversations, or on INPUT=path/to/file.json
+	@$(RUN) demo $(if $(INPUT),--input "$(INPUT)")
+
+stop: $(READY) ## Stop the stack; the data stay
+	@$(RUN) stack stop
+
+status: $(READY) ## Show every process of the stack
+	@$(RUN) stack status
+
+logs: $(READY) ## Show the end of the logs, or of SERVICE=name
+	@$(RUN) stack logs $(SERVICE)
+
+reset: $(READY) ## Delete all local data, after asking
+	@$(RUN) stack reset
+
+test: $(READY) ## Run all tests
+	$(BIN)/pytest
+
+lint: $(READY) ## Check style, types and spelling
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/typos
+
+format: $(READY) ## Format the code
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(READY) ## Measure, and write benchmarks/results/
+	$(BIN)/python -m benchmarks
+
+lock: ## Resolve the dependencies anew into requirements.lock
+	$(BIN)/uv pip compile --universal --python-version 3.11 --all-extras --quiet --no-annotate --no-header \
+		--output-file requirements.lock --upgrade pyproject.toml
