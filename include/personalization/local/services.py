@@ -30,7 +30,8 @@ class Service:
     """Raises while the service does not answer; None where another service's check covers it."""
     port: int | None = None
     port_setting: str = ""
-    stop_signal: str = "TERM"
+    folder: Path | None = None
+    """Working folder; the project's where None."""
 
 
 def store_services(config: StackConfig) -> list[Service]:
@@ -151,7 +152,8 @@ def _neo4j(config: StackConfig) -> Service:
         with closing(GraphStore.from_settings(settings).driver) as driver:
             driver.verify_connectivity()
 
-    return Service("neo4j", command, answers, config.neo4j_port, "NEO4J_PORT")
+    # It writes a folder `log` where it works.
+    return Service("neo4j", command, answers, config.neo4j_port, "NEO4J_PORT", folder=home)
 
 
 def _redis(config: StackConfig) -> Service:

@@ -197,7 +197,7 @@ class Stack:
         def program(service: Service) -> str:
             command = shlex.join(service.command).replace("%", "%%")
             return (
-                f"[program:{service.name}]\ncommand={command}\ndirectory={self.config.project}\n"
+                f"[program:{service.name}]\ncommand={command}\ndirectory={service.folder or self.config.project}\n"
                 f"stdout_logfile={self.log_file(service.name)}\nredirect_stderr=true\n"
                 f"stdout_logfile_maxbytes=10MB\nstdout_logfile_backups=2\n"
                 # A crash shall be seen, not papered over: `make status` names it, `make demo` starts it again.

@@ -1,0 +1,298 @@
+"""The pipeline against the real stores: what ends up where, and what a rerun changes."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SAMPLE
+from neo4j import GraphDatabase
+from pymilvus import MilvusClient
+from pymongo import MongoClient
+from redis import Redis
+from sqlalchemy import create_engine, text
+
+from personalization.pipeline.run import run_pipeline
+from personalization.settings import Settings
+
+
+class Stores:
+    """What a person with a shell on each store would see."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.mongo = MongoClient(settings.mongodb_uri.get_secret_value())[settings.mongodb_database]
+        self.milvus = MilvusClient(uri=settings.milvus_uri)
+        auth = (settings.neo4j_user, settings.neo4j_password.get_secret_value())
+        self.driver = GraphDatabase.driver(settings.neo4j_uri, auth=auth)
+        self.redis = Redis.from_url(settings.redis_url.get_secret_value())
+
+    def close(self) -> None:
+        self.mongo.client.close()
+        self.milvus.close()
+        self.driver.close()
+        self.redis.close()
+
+    def sql(self, query: str) -> list[tuple[Any, ...]]:
+        engine = create_engine(f"sqlite:///{self.settings.sqlite_path}")
+        with engine.connect() as connection:
+            rows = [tuple(row) for row in connection.execute(text(query))]
+        engine.dispose()
+        return rows
+
+    def cypher(self, query: str) -> Any:
+        records = self.driver.execute_query(query, database_=self.settings.neo4j_database).records
+        return records[0][0]
+
+    def vectors(self, alias: str) -> int:
+        rows = self.milvus.query(alias, filter="", output_fields=["count(*)"], consistency_level="Strong")
+        return int(rows[0]["count(*)"])
+
+    def snapshot(self) -> dict[str, Any]:
+        """Every count and every derived row."""
+        return {
+            "messages": self.mongo.conversations.count_documents({}),
+            "quarantine": self.mongo.quarantine.count_documents({}),
+            "vectors": self.vectors("messages"),
+            "profiles": self.vectors("users"),
+            "nodes": self.cypher("MATCH (n) RETURN count(n)"),
+            "edges": self.cypher("MATCH ()-[r]->() RETURN count(r)"),
+            "expressed": self.cypher("MATCH ()-[e:EXPRESSED]->() RETURN sum(e.count)"),
+            "engaged": self.cypher("MATCH ()-[e:ENGAGED_WITH]->() RETURN sum(e.count)"),
+            "intents": self.sql("SELECT message_id, intent_id, user_id FROM message_intents ORDER BY 1"),
+            "engagement": self.sql("SELECT * FROM user_engagement ORDER BY 1, 2"),
+            "campaigns": self.sql("SELECT * FROM campaigns ORDER BY 1"),
+            "generation": self.redis.get("personalization:generation"),
+        }
+
+
+@pytest.fixture
+def stores(settings: Settings) -> Iterator[Stores]:
+    stores = Stores(settings)
+    yield stores
+    stores.close()
+
+
+def stage(summary: Any, name: str) -> dict[str, Any]:
+    return next(one for one in summary["stages"] if one["stage"] == name)
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def row(message: str = "I want to book a flight to Lisbon", **changes: Any) -> dict[str, Any]:
+    return {"user_id": "ann", "message": message, "timestamp": "2026-10-01T09:00:00Z"} | changes
+
+
+def test_the_sample_reaches_every_store(settings: Settings, stores: Stores) -> None:
+    summary = run_pipeline(SAMPLE, settings)
+
+    rows = json.loads(SAMPLE.read_text())
+    users = {one["user_id"] for one in rows}
+    classified = stores.sql("SELECT count(*) FROM message_intents WHERE intent_id <> 'other'")[0][0]
+    assert summary["status"] == "success", summary
+    assert stores.mongo.conversations.count_documents({}) == len(rows) == stores.vectors("messages")
+    assert stores.vectors("users") == len(users)
+    assert stores.cypher("MATCH (u:User) RETURN count(u)") == len(users)
+    assert stores.cypher("MATCH ()-[e:EXPRESSED]->() RETURN sum(e.count)") == classified > len(rows) / 2
+    lineage = dict(stores.sql("SELECT stage, status FROM pipeline_runs"))
+    assert set(lineage.values()) == {"success"}
+    assert len(lineage) == 10
+
+
+def test_the_same_file_again_changes_nothing_and_says_so(settings: Settings, stores: Stores) -> None:
+    run_pipeline(SAMPLE, settings)
+    before = stores.snapshot()
+
+    again = run_pipeline(SAMPLE, settings)
+
+    assert stores.snapshot() == before
+    assert stage(again, "ingest")["skipped"] == before["messages"]
+    assert stage(again, "embed")["status"] == "skipped"
+    assert stage(again, "publish")["details"]["nothing_new"] is True
+
+
+def test_broken_rows_are_quarantined_with_reason_and_place_and_the_rest_goes_on(
+    settings: Settings, stores: Stores, tmp_path: Path
+) -> None:
+    broken = {
+        "user_id": row(user_id=""),
+        "message: is blank": row(message="   "),
+        "NUL": row(message="a\0b"),
+        "lone surrogate": '{"user_id": "ann", "message": "a\\ud800b", "timestamp": "2026-10-01T09:00:00Z"}',
+        "timestamp: is not": row(timestamp="yesterday"),
+        "timestamp: Field required": {"user_id": "ann", "message": "hello"},
+        "ISO 8601 string": row(timestamp=1790000000),
+        "is not an object": [1, 2],
+        "not valid JSON": '{"user_id": ',
+        "characters long": row(message="x" * (settings.max_message_chars + 1)),
+    }
+    good = [row(f"Which film should I watch, number {number}?", message_id=f"m{number}") for number in range(30)]
+    path = write_rows(tmp_path / "mixed.ndjson", [*good[:7], *broken.values(), *good[7:]])
+
+    summary = run_pipeline(path, settings)
+
+    assert summary["status"] == "success", summary
+    assert stage(summary, "ingest")["rejected"] == len(broken)
+    assert stores.mongo.conversations.count_documents({}) == len(good)
+    quarantined = list(stores.mongo.quarantine.find().sort("row", 1))
+    assert [one["row"] for one in quarantined] == list(range(8, 8 + len(broken)))
+    for reason, document in zip(broken, quarantined, strict=True):
+        assert reason in document["reason"]
+        assert document["file"] == str(path)
+        assert document["raw"]
+    run_pipeline(path, settings)
+    assert stores.mongo.quarantine.count_documents({}) == len(broken)
+
+
+def test_a_ten_megabyte_message_is_quarantined_whole(settings: Settings, stores: Stores, tmp_path: Path) -> None:
+    path = tmp_path / "large.json"
+    path.write_text(json.dumps([row(), row("x" * 10_000_000), row("Where is my new card?")]))
+
+    summary = run_pipeline(path, settings)
+
+    assert summary["status"] == "success", summary
+    refused = stores.mongo.quarantine.find_one()
+    assert refused is not None
+    assert refused["row"] == 2
+    assert len(refused["raw"]) > 10_000_000
+    assert stores.mongo.conversations.count_documents({}) == 2
+
+
+def test_an_id_used_twice_with_other_text_keeps_the_first(settings: Settings, stores: Stores, tmp_path: Path) -> None:
+    rows = [row("first", message_id="m1"), row("second", message_id="m1"), row("third"), row("first", message_id="m1")]
+    path = write_rows(tmp_path / "twice.ndjson", rows)
+
+    for _ in range(2):
+        summary = run_pipeline(path, settings)
+
+        assert stage(summary, "ingest")["rejected"] == 1
+        assert "stands in row 1" in stores.mongo.quarantine.find_one({"row": 2})["reason"]
+        assert stores.mongo.conversations.find_one({"_id": "m1"})["message"] == "first"
+        assert stores.mongo.conversations.count_documents({}) == 2
+
+
+def test_an_edited_message_moves_its_counts(settings: Settings, stores: Stores, tmp_path: Path) -> None:
+    flight = row("I want to book a flight to Lisbon", message_id="m1")
+    run_pipeline(write_rows(tmp_path / "monday.ndjson", [flight]), settings)
+    film = row("Can you recommend a good horror film?", message_id="m1")
+
+    run_pipeline(write_rows(tmp_path / "tuesday.ndjson", [film]), settings)
+
+    intents = stores.cypher("MATCH (:User)-[:EXPRESSED]->(i:Intent) RETURN collect(i.intent_id)")
+    assert intents == ["film_suggestion"]
+    assert stores.vectors("messages") == 1
+    assert stores.sql("SELECT count(*) FROM user_engagement WHERE campaign_id = 'weekend_city_breaks'") == [(0,)]
+
+
+def test_a_message_cannot_change_hands(settings: Settings, stores: Stores, tmp_path: Path) -> None:
+    run_pipeline(write_rows(tmp_path / "a.ndjson", [row(message_id="m1")]), settings)
+
+    stolen = [row(message_id="m1", user_id="eve"), row("Thanks", user_id="eve")]
+    run_pipeline(write_rows(tmp_path / "b.ndjson", stolen), settings)
+
+    assert stores.mongo.conversations.find_one({"_id": "m1"})["user_id"] == "ann"
+    assert "another user" in stores.mongo.quarantine.find_one()["reason"]
+
+
+def test_too_many_broken_rows_fail_the_run_after_quarantining(
+    settings: Settings, stores: Stores, tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "bad.ndjson", [row(), *[row(message="")] * 3])
+
+    summary = run_pipeline(path, settings)
+
+    assert summary["status"] == "failed"
+    assert "3 of 4 rows were refused" in summary["error"]
+    assert stores.mongo.quarantine.count_documents({}) == 3
+    lineage = dict(stores.sql("SELECT stage, status FROM pipeline_runs"))
+    assert lineage["ingest"] == "failed"
+    assert lineage["embed"] == "not_run"
+
+
+def test_a_run_that_broke_off_is_healed_by_the_next(settings: Settings, stores: Stores, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "some.ndjson", [row(f"Is flight {number} on time?") for number in range(20)])
+    unusable = settings.model_copy(update={"embedding_model": "package:no_such_package"})
+    broken = run_pipeline(path, unusable)
+    assert broken["status"] == "failed"
+    assert "no_such_package" in broken["error"]
+    assert stores.mongo.conversations.count_documents({}) == 20
+    stores.milvus.drop_alias("messages")
+    stores.milvus.drop_alias("users")
+
+    healed = run_pipeline(path, settings)
+
+    assert healed["status"] == "success", healed
+    assert stage(healed, "ingest")["details"]["resumed"] == 20
+    assert stores.vectors("messages") == 20
+
+
+def test_another_model_is_refused_instead_of_mixed(settings: Settings, stores: Stores, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "some.ndjson", [row()])
+    run_pipeline(path, settings)
+    before = stores.vectors("messages")
+
+    summary = run_pipeline(path, settings.model_copy(update={"embedding_model": "other/model"}))
+
+    assert summary["status"] == "failed"
+    assert "EMBEDDING_MODEL" in summary["error"]
+    assert stores.vectors("messages") == before
+
+
+def test_an_edited_catalog_is_applied_to_stored_messages(settings: Settings, stores: Stores, tmp_path: Path) -> None:
+    run_pipeline(SAMPLE, settings)
+    generation = stores.redis.get("personalization:generation")
+    catalog = tmp_path / "catalog"
+    catalog.mkdir()
+    (catalog / "all.yaml").write_text(
+        "intents: [{id: cinema, name: Cinema, examples: ['What is on at the cinema?', 'I love horror films']}]\n"
+        "campaigns: [{id: big_screen, name: Big screen, intents: [cinema]}]\n"
+    )
+
+    summary = run_pipeline(SAMPLE, settings.model_copy(update={"catalog_path": catalog}))
+
+    assert summary["status"] == "success", summary
+    assert stage(summary, "embed")["status"] == "skipped"
+    assert stores.cypher("MATCH (i:Intent) RETURN collect(i.intent_id)") == ["cinema"]
+    expressed = stores.cypher("MATCH ()-[e:EXPRESSED]->() RETURN sum(e.count)")
+    assert expressed == stores.sql("SELECT count(*) FROM message_intents WHERE intent_id = 'cinema'")[0][0] > 0
+    assert stores.sql("SELECT DISTINCT campaign_id FROM user_engagement") == [("big_screen",)]
+    assert stores.redis.get("personalization:generation") != generation
+
+
+def test_gzipped_arrays_and_offsets_become_utc(settings: Settings, stores: Stores, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json.gz"
+    with gzip.open(path, "wt") as stream:
+        json.dump([row(timestamp="2026-10-01T09:00:00+02:00", message_id="m1")], stream)
+
+    run_pipeline(path, settings)
+
+    stored = stores.mongo.conversations.find_one({"_id": "m1"})
+    assert stored is not None
+    assert stored["timestamp"].isoformat() == "2026-10-01T07:00:00"
+
+
+def test_real_messages_with_broken_rows_among_them(
+    settings: Settings, stores: Stores, tmp_path: Path, shared_data: Path
+) -> None:
+    with gzip.open(shared_data / "redial" / "messages.jsonl.gz", "rt") as stream:
+        lines = [line for line in stream if json.loads(line)["message"].strip()][:1980]
+    broken = [json.dumps(row(timestamp=f"no date {number}")) + "\n" for number in range(20)]
+    for number, line in enumerate(broken):
+        lines.insert(number * 97, line)
+    path = tmp_path / "real.ndjson"
+    path.write_text("".join(lines))
+
+    summary = run_pipeline(path, settings.model_copy(update={"shard_rows": 700}))
+
+    assert summary["status"] == "success", summary
+    assert stores.mongo.quarantine.count_documents({}) == 20
+    assert stores.mongo.conversations.count_documents({}) == 1980 == stores.vectors("messages")
+    detected = stage(summary, "detect_intents")
+    assert stores.cypher("MATCH ()-[e:EXPRESSED]->() RETURN sum(e.count)") == detected["rows_out"]
+    assert detected["rows_out"] + detected["skipped"] == 1980
+    assert stores.sql("SELECT shards FROM pipeline_runs WHERE stage = 'embed'") == [(3,)]
