@@ -59,6 +59,11 @@ def store_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 @pytest.fixture
 def settings(store_stack: Stack, tmp_path: Path) -> Settings:
     """Settings for empty stores and folders of the test's own."""
+    return empty_settings(store_stack, tmp_path)
+
+
+def empty_settings(store_stack: Stack, tmp_path: Path) -> Settings:
+    """Empty the stores, and name folders of the test's own."""
     env = {name.lower(): value for name, value in store_stack.config.platform_env.items()}
     own = {
         "sqlite_path": tmp_path / "analytics.db",

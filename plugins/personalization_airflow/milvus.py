@@ -5,6 +5,8 @@ from typing import Any
 from airflow.sdk import BaseHook
 from pymilvus import MilvusClient
 
+from personalization.stores.milvus import GRPC_OPTIONS
+
 DEFAULT_PORT = 19530
 
 
@@ -35,6 +37,7 @@ class MilvusHook(BaseHook):
             token=f"{login}:{password}" if login else password,
             db_name=connection.schema or "",
             timeout=float(extra.get("timeout") or 10),
+            grpc_options=GRPC_OPTIONS,
         )
 
     def test_connection(self) -> tuple[bool, str]:

@@ -55,7 +55,7 @@ class Image:
     def copy_app(self) -> None:
         """Lay out the last stage's files."""
         last_stage = self.text[self.text.rindex("\nFROM ") :]
-        for source, target in re.findall(r"^COPY (\w+) (\w+)$", last_stage, re.MULTILINE):
+        for source, target in re.findall(r"^COPY ([\w.]+) ([\w.]+)$", last_stage, re.MULTILINE):
             shutil.copytree(ROOT / source, self.app / target, ignore=shutil.ignore_patterns("__pycache__"))
 
     def run_python(self, *statements: str) -> None:

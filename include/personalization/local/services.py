@@ -103,8 +103,10 @@ def _milvus(config: StackConfig) -> Service:
     def answers() -> None:
         from pymilvus import MilvusClient
 
+        from personalization.stores.milvus import GRPC_OPTIONS
+
         uri = f"http://{HOST}:{config.milvus_port}"
-        with closing(MilvusClient(uri=uri, timeout=_PROBE_TIMEOUT_S, dedicated=True)) as client:
+        with closing(MilvusClient(uri=uri, timeout=_PROBE_TIMEOUT_S, grpc_options=GRPC_OPTIONS, dedicated=True)) as client:
             client.list_collections()
 
     data = config.data / f"milvus-{config.local_milvus}"

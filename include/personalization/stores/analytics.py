@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from sqlalchemy import (
     JSON,
@@ -353,7 +354,7 @@ class AsyncAnalyticsReader:
     @classmethod
     def from_settings(cls, settings: Settings) -> "AsyncAnalyticsReader":
         """Open the database for reading."""
-        return cls(create_async_engine(_async_url(settings.analytics_database)))
+        return cls(create_async_engine(_read_only(settings.analytics_database, "sqlite+aiosqlite")))
 
     async def campaign_users(self) -> dict[str, int]:
         """Number of engaged users by campaign: one small row each."""
@@ -364,13 +365,8 @@ class AsyncAnalyticsReader:
 
 
 def open_read_only(settings: Settings) -> Engine:
-    """Engine for readers such as the dashboard: every write is refused by the database."""
-    url = settings.analytics_database
-    if url.get_backend_name() != "sqlite":
-        return create_engine(url, execution_options={"postgresql_readonly": True})
-    engine = create_engine(url)
-    event.listen(engine, "connect", _refuse_writes)
-    return engine
+    """Engine for readers such as the dashboard. SQLite refuses every write, and a missing file stays missing."""
+    return create_engine(_read_only(settings.analytics_database, "sqlite"))
 
 
 def _engagement_query() -> Select[Any]:
@@ -397,9 +393,12 @@ def _chunks(ids: Sequence[str]) -> Iterator[Sequence[str]]:
         yield ids[start : start + _ID_CHUNK]
 
 
-def _async_url(url: URL) -> URL:
-    # PostgreSQL's psycopg serves both; SQLite needs another driver for each.
-    return url.set(drivername="sqlite+aiosqlite") if url.get_backend_name() == "sqlite" else url
+def _read_only(url: URL, sqlite_driver: str) -> URL:
+    """SQLite by a read-only URI; other databases as they are: there the account's rights decide."""
+    if url.get_backend_name() != "sqlite":
+        return url
+    path = quote(str(Path(url.database or "").absolute()))
+    return URL.create(sqlite_driver, database=f"file:{path}", query={"mode": "ro", "uri": "true"})
 
 
 def _make_sqlite_folder(url: URL) -> None:
@@ -415,11 +414,4 @@ def _configure_sqlite(connection: Any, record: ConnectionPoolEntry) -> None:  # 
     cursor.execute("PRAGMA journal_mode=WAL")  # readers and the one writer do not block each other
     cursor.execute("PRAGMA synchronous=FULL")
     cursor.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}")
-    cursor.close()
-
-
-def _refuse_writes(connection: Any, record: ConnectionPoolEntry) -> None:  # noqa: ARG001
-    cursor = connection.cursor()
-    cursor.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}")
-    cursor.execute("PRAGMA query_only=ON")
     cursor.close()

@@ -21,6 +21,9 @@ from personalization.settings import Settings
 MESSAGES = "messages"
 USERS = "users"
 
+GRPC_OPTIONS = {"grpc.keepalive_time_ms": 300_000, "grpc.keepalive_permit_without_calls": 0}
+"""pymilvus pings every 10 s; servers with gRPC's default limits hang up on that (`too_many_pings`)."""
+
 _MAX_ID_BYTES = 512  # 128 characters of up to 4 bytes
 _WRITE_ROWS = 1000  # 4 MB of 1024-d vectors: well under gRPC's 64 MB
 _READ_ROWS = 1000
@@ -77,6 +80,7 @@ class VectorStore:
                 uri=settings.milvus_uri,
                 token=settings.milvus_token.get_secret_value(),
                 timeout=settings.store_timeout_s,
+                grpc_options=GRPC_OPTIONS,
             )
         return cls(client)
 
@@ -188,5 +192,6 @@ class AsyncVectorReader:
                 uri=self._settings.milvus_uri,
                 token=self._settings.milvus_token.get_secret_value(),
                 timeout=self._settings.store_timeout_s,
+                grpc_options=GRPC_OPTIONS,
             )
         return self._connected

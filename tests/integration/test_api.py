@@ -1,0 +1,176 @@
+"""The API over the real stores, fed by a real run."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from conftest import SAMPLE, empty_settings, free_ports
+from pydantic import SecretStr
+from redis import Redis
+from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
+
+from personalization.local.stack import Stack
+from personalization.pipeline.run import run_pipeline
+from personalization.settings import Settings, get_settings
+from services.api.main import app
+
+
+@pytest.fixture(scope="module")
+def published(store_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Settings of stores that hold the sample. No test here changes what they hold."""
+    settings = empty_settings(store_stack, tmp_path_factory.mktemp("published"))
+    assert run_pipeline(SAMPLE, settings)["status"] == "success"
+    return settings
+
+
+@pytest.fixture
+async def api(published: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[httpx.AsyncClient]:
+    with Redis.from_url(published.redis_url.get_secret_value()) as redis:
+        for key in redis.keys("recommendations:*"):
+            redis.delete(key)
+    async for client in serve(published, monkeypatch):
+        yield client
+
+
+async def serve(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[httpx.AsyncClient]:
+    """The app as the server runs it, with these settings as its environment."""
+    for name, value in settings.model_dump(exclude_none=True).items():
+        text = value.get_secret_value() if hasattr(value, "get_secret_value") else str(value)
+        monkeypatch.setenv(name.upper(), text)
+    get_settings.cache_clear()
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://api") as client:
+        yield client
+    get_settings.cache_clear()
+
+
+async def ask(api: httpx.AsyncClient, user_id: str, top: int = 5) -> dict[str, Any]:
+    response = await api.get(f"/recommendations/{user_id}", params={"top": top})
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+async def test_health_is_exactly_ok(api: httpx.AsyncClient) -> None:
+    assert (await api.get("/health")).json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("user_id", "first", "hidden"),
+    [
+        ("maria", "weekend_city_breaks", "winter_ski_weeks"),
+        ("u-1031", "instant_virtual_card", None),
+        ("filmfan82", "streaming_free_month", None),
+    ],
+)
+async def test_a_sample_user_gets_what_their_messages_call_for(
+    api: httpx.AsyncClient, user_id: str, first: str, hidden: str | None
+) -> None:
+    answer = await ask(api, user_id)
+
+    campaigns = [one["campaign_id"] for one in answer["recommendations"]]
+    assert answer["strategy"] == "personalized"
+    assert campaigns[0] == first
+    assert hidden not in campaigns
+    assert 1 <= len(campaigns) <= 5
+    scores = [one["score"] for one in answer["recommendations"]]
+    assert scores == sorted(scores, reverse=True)
+    for one in answer["recommendations"]:
+        assert sum(reason["share"] for reason in one["reasons"]) == pytest.approx(one["score"], abs=1e-3)
+
+
+async def test_an_unknown_user_gets_popular_campaigns_marked_as_such(api: httpx.AsyncClient) -> None:
+    answer = await ask(api, "nobody-we-know", top=3)
+
+    assert answer["strategy"] == "popular"
+    assert len(answer["recommendations"]) == 3
+    assert {reason["source"] for one in answer["recommendations"] for reason in one["reasons"]} == {"popularity"}
+
+
+async def test_top_is_part_of_what_is_cached(api: httpx.AsyncClient) -> None:
+    for top in (1, 4, 2, 4):
+        assert len((await ask(api, "nobody-we-know", top))["recommendations"]) == top
+
+
+async def test_a_cached_answer_has_a_time_to_live_and_ends_with_its_generation(
+    api: httpx.AsyncClient, published: Settings
+) -> None:
+    fresh = await ask(api, "maria")
+    redis = Redis.from_url(published.redis_url.get_secret_value(), decode_responses=True)
+    [key] = redis.keys("recommendations:*maria")
+    assert 0 < redis.ttl(key) <= published.cache_ttl_s
+    redis.set(key, '{"user_id": "maria", "strategy": "popular", "recommendations": []}', keepttl=True)
+    assert (await ask(api, "maria"))["recommendations"] == []
+
+    redis.incr("personalization:generation")
+
+    assert await ask(api, "maria") == fresh
+    redis.close()
+
+
+async def test_a_user_is_never_their_own_neighbour(api: httpx.AsyncClient) -> None:
+    vectors = app.state.recommender.vectors
+
+    neighbours = await vectors.neighbours("maria", 47)
+
+    assert len(neighbours) == 47
+    assert "maria" not in {one["user_id"] for one in neighbours}
+    assert neighbours == sorted(neighbours, key=lambda one: -one["similarity"])
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/recommendations/a%20b", 422),
+        ("/recommendations/x'%20or%20'1", 422),
+        (f"/recommendations/{'x' * 129}", 422),
+        ("/recommendations/maria?top=0", 422),
+        ("/recommendations/maria?top=51", 422),
+        ("/recommendations/maria?top=many", 422),
+        ("/nothing/here", 404),
+    ],
+)
+async def test_errors_are_problem_documents(api: httpx.AsyncClient, path: str, status: int) -> None:
+    response = await api.get(path)
+
+    assert response.status_code == status
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.json()["status"] == status
+    assert set(response.json()) == {"type", "title", "status", "detail"}
+
+
+@pytest.mark.parametrize("store", ["neo4j", "milvus", "analytics"])
+async def test_a_store_that_is_down_is_a_503_that_tells_nothing_internal(
+    store: str, published: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [port] = free_ports(1)
+    change: dict[str, Any] = {
+        "neo4j": {"neo4j_uri": f"bolt://127.0.0.1:{port}"},
+        "milvus": {"milvus_port": port},
+        "analytics": {"sqlite_path": "/nowhere/analytics.db"},
+    }[store]
+
+    async for api in serve(published.model_copy(update={**change, "store_timeout_s": 1}), monkeypatch):
+        response = await api.get("/recommendations/maria")
+
+        assert response.status_code == 503
+        assert response.headers["retry-after"]
+        assert response.headers["content-type"] == "application/problem+json"
+        assert store in response.json()["detail"]
+        assert str(port) not in response.text
+        assert (await api.get("/health")).status_code == 200
+
+
+async def test_redis_down_is_slower_not_broken(published: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    [port] = free_ports(1)
+    down = published.model_copy(update={"redis_url": SecretStr(f"redis://127.0.0.1:{port}/0")})
+    async for api in serve(down, monkeypatch):
+        assert (await ask(api, "maria"))["strategy"] == "personalized"
+
+
+async def test_the_api_cannot_write_the_analytics_database(api: httpx.AsyncClient) -> None:
+    async with app.state.recommender.analytics.engine.connect() as connection:
+        with pytest.raises(OperationalError, match="readonly"):
+            await connection.execute(text("DELETE FROM campaigns"))
