@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 from neo4j import GraphDatabase
-from pymilvus import MilvusClient
-from pymongo import MongoClient
-from redis import Redis
-
 from personalization.local.config import StackConfig
 from personalization.local.stack import Stack
 from personalization.settings import Settings
+from pymilvus import MilvusClient
+from pymongo import MongoClient
+from redis import Redis
 
 PROJECT = Path(__file__).parents[1]
 SAMPLE = PROJECT / "include" / "data" / "sample_conversations.json"

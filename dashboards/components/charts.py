@@ -19,7 +19,7 @@ from plotly.subplots import make_subplots
 from components import text
 
 BLUE, SKY, ORANGE, GREEN, PURPLE = "#0072B2", "#56B4E9", "#E69F00", "#009E73", "#CC79A7"
-VERMILLION, GREY = "#D55E00", "#8A8F98"
+VERMILION, GREY = "#D55E00", "#8A8F98"
 
 _HATCH = {"fillmode": "overlay", "size": 6, "fgcolor": "rgba(255,255,255,0.75)"}
 _RUN_TICKS = 8
@@ -46,7 +46,7 @@ def run(stages: Sequence[StageRun]) -> go.Figure:
         base=[offset if one.started_at else end for one, offset in zip(stages, offsets, strict=True)],
         x=lengths,
         orientation="h",
-        marker_color=[VERMILLION if one.status == "failed" else BLUE for one in stages],
+        marker_color=[VERMILION if one.status == "failed" else BLUE for one in stages],
         marker_pattern={**_HATCH, "shape": ["/" if one.status == "failed" else "" for one in stages]},
         text=[_stage_label(one, length) for one, length in zip(stages, lengths, strict=True)],
         textposition="outside",
@@ -58,7 +58,7 @@ def run(stages: Sequence[StageRun]) -> go.Figure:
     for label, color, values, pattern in (
         ("out", BLUE, [one.rows_out for one in stages], ""),
         ("skipped", GREY, [one.skipped for one in stages], ""),
-        ("rejected", VERMILLION, [one.rejected for one in stages], "/"),
+        ("rejected", VERMILION, [one.rejected for one in stages], "/"),
     ):
         figure.add_bar(
             y=names,
@@ -84,7 +84,7 @@ def rows_by_run(runs: Sequence[RunSummary]) -> go.Figure:
     for label, color, values, pattern in (
         ("staged", BLUE, [one.staged for one in runs], ""),
         ("unchanged or repeated", GREY, [one.skipped for one in runs], ""),
-        ("rejected", VERMILLION, [one.rejected for one in runs], "/"),
+        ("rejected", VERMILION, [one.rejected for one in runs], "/"),
     ):
         figure.add_bar(
             x=[one.run_id for one in runs],
@@ -156,7 +156,7 @@ def anomalies(found: Sequence[Anomaly], runs: Sequence[RunSummary], stages: Sequ
         hoverinfo="skip",
         showlegend=False,
     )
-    for severity, color, symbol in (("error", VERMILLION, "x"), ("warning", ORANGE, "triangle-up")):
+    for severity, color, symbol in (("error", VERMILION, "x"), ("warning", ORANGE, "triangle-up")):
         some = [one for one in found if one.severity == severity]
         figure.add_scatter(
             x=[one.run_id for one in some],
@@ -174,9 +174,7 @@ def anomalies(found: Sequence[Anomaly], runs: Sequence[RunSummary], stages: Sequ
 
 def campaigns(shown: Sequence[CampaignEngagement], now: datetime) -> go.Figure:
     """Users and messages of each campaign; hatched where it does not run now."""
-    figure = make_subplots(
-        cols=2, shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=("Users", "Messages")
-    )
+    figure = make_subplots(cols=2, shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=("Users", "Messages"))
     states = [one.state(now) for one in shown]
     for column, color, values in (
         (1, BLUE, [one.users for one in shown]),
@@ -204,16 +202,12 @@ def campaigns(shown: Sequence[CampaignEngagement], now: datetime) -> go.Figure:
 
 def categories(shown: Sequence[CategoryEngagement]) -> go.Figure:
     """Messages that speak to the campaigns of each category."""
-    return _ranking(
-        [one.category for one in shown], [one.messages for one in shown], [one.last_at for one in shown]
-    )
+    return _ranking([one.category for one in shown], [one.messages for one in shown], [one.last_at for one in shown])
 
 
 def users(shown: Sequence[EngagedUser]) -> go.Figure:
     """Messages of the users who engage most."""
-    return _ranking(
-        [one.user_id for one in shown], [one.messages for one in shown], [one.last_at for one in shown]
-    )
+    return _ranking([one.user_id for one in shown], [one.messages for one in shown], [one.last_at for one in shown])
 
 
 def _ranking(names: list[str], messages: list[int], last_at: Sequence[int | None]) -> go.Figure:
@@ -264,9 +258,7 @@ def _name_runs(figure: go.Figure, runs: dict[str, datetime | None]) -> None:
         categoryorder="array",
         categoryarray=list(runs),
         tickvals=[run_id for run_id, _ in named],
-        ticktext=[
-            f"{text.local(started_at):%d %b<br>%H:%M}" if started_at else "" for _, started_at in named
-        ],
+        ticktext=[f"{text.local(started_at):%d %b<br>%H:%M}" if started_at else "" for _, started_at in named],
         tickangle=0,
     )
 

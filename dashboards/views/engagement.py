@@ -14,8 +14,7 @@ now = datetime.now(UTC)
 campaigns = store.campaign_engagement(engine, IN_TABLE)
 if not any(one.messages for one in campaigns):
     st.info(
-        "No message speaks to a campaign yet. Run `make demo`, or add campaigns to the catalog "
-        "and run the pipeline.",
+        "No message speaks to a campaign yet. Run `make demo`, or add campaigns to the catalog and run the pipeline.",
         icon=":material/rocket_launch:",
     )
     st.stop()
@@ -41,9 +40,7 @@ with left:
     st.plotly_chart(charts.categories(categories), alt="Messages of each category")
 with right:
     st.subheader("Most engaged users")
-    campaign = st.selectbox(
-        "Campaign", campaigns, format_func=lambda one: one.name, label_visibility="collapsed"
-    )
+    campaign = st.selectbox("Campaign", campaigns, format_func=lambda one: one.name, label_visibility="collapsed")
     if users := store.top_users(engine, campaign.campaign_id, TOP_USERS):
         st.plotly_chart(charts.users(users), alt="Messages of the most engaged users")
     else:

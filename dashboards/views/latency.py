@@ -13,9 +13,7 @@ TILES_IN_A_ROW = 5
 def tile(stage: str, timings: list[StageTiming], shown: str) -> None:
     """A stage's latest value, beside its usual one and its course."""
     values = [
-        value
-        for one in timings
-        if (value := one.seconds if shown == SECONDS else one.rows_per_second) is not None
+        value for one in timings if (value := one.seconds if shown == SECONDS else one.rows_per_second) is not None
     ]
     if not values:
         st.metric(
@@ -47,9 +45,7 @@ with st.container(horizontal=True, gap="large"):
     limit = st.segmented_control("Latest runs", [25, 50, 100, 200], default=50, required=True) or 50
 timings = store.stage_timings(engine, limit)
 if not timings:
-    st.info(
-        "No stage has succeeded yet. Run `make demo` and reload this page.", icon=":material/rocket_launch:"
-    )
+    st.info("No stage has succeeded yet. Run `make demo` and reload this page.", icon=":material/rocket_launch:")
     st.stop()
 
 st.subheader("Where the time goes" if shown == SECONDS else "How fast the slowest stages are")

@@ -52,9 +52,7 @@ if not stages:
 st.code(wanted, language=None)
 for stage in stages:
     if stage.status == "failed":
-        st.error(
-            f"`{stage.stage}` failed with {stage.error_type or 'an unknown error'}.", icon=":material/error:"
-        )
+        st.error(f"`{stage.stage}` failed with {stage.error_type or 'an unknown error'}.", icon=":material/error:")
         st.code(stage.error or "No message was recorded.", language=None, wrap_lines=True)
 cards.run_chart(stages)
 st.dataframe(

@@ -23,7 +23,9 @@ OnlyStores = Annotated[bool, typer.Option("--only-stores", help="Without Airflow
 
 
 @app.command()
-def run(path: Annotated[Path, typer.Argument(help="Conversations: a JSON array or NDJSON, plain or gzipped.")]) -> None:
+def run(
+    path: Annotated[Path, typer.Argument(help="Conversations: a JSON array or NDJSON, plain or gzipped.")],
+) -> None:
     """Take a file through all stages without Airflow; print the summary as JSON.
 
     Exit status 0 where every stage succeeded, 1 otherwise.

@@ -6,7 +6,16 @@ import uuid
 from datetime import UTC, date, datetime
 from typing import Annotated, Any, Literal, Self, TypedDict
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 # Ids are literals in Milvus expressions, path segments and cache keys: no quote, backslash, slash,
 # white space or control character may be in one.
@@ -49,14 +58,14 @@ class Message(BaseModel):
     user_id: Identifier
     message: Annotated[str, AfterValidator(_readable_text)]
     timestamp: datetime
-    message_id: Identifier = Field(default=None, validate_default=True)  # type: ignore[assignment]
+    message_id: Identifier = Field(default=None, validate_default=True)
 
     @field_validator("timestamp", mode="before")
     @classmethod
     def _parse_timestamp(cls, value: Any) -> datetime:
         """Take an ISO 8601 string; one without a zone is UTC."""
         if not isinstance(value, str):
-            raise ValueError("must be an ISO 8601 string such as 2026-01-31T09:00:00Z")  # noqa: TRY004
+            raise ValueError("must be an ISO 8601 string such as 2026-01-31T09:00:00Z")
         try:
             moment = datetime.fromisoformat(value)
             moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)

@@ -43,7 +43,8 @@ class Settings(BaseSettings):
     neo4j_database: str = "neo4j"
     redis_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
     sqlite_path: Path = Field(
-        default=Path(".local/data/analytics.db"), description="Analytics database, unless ANALYTICS_URL is set."
+        default=Path(".local/data/analytics.db"),
+        description="Analytics database, unless ANALYTICS_URL is set.",
     )
     analytics_url: SecretStr | None = Field(
         default=None, description="SQLAlchemy URL of the analytics database, such as PostgreSQL's."
@@ -64,7 +65,10 @@ class Settings(BaseSettings):
     max_message_chars: int = Field(default=8192, ge=1)
     max_reject_ratio: float = Field(default=0.5, ge=0, le=1)
     intent_threshold: float = Field(
-        default=0.45, ge=-1, le=1, description="Least cosine to an example utterance for an intent but `other`."
+        default=0.45,
+        ge=-1,
+        le=1,
+        description="Least cosine to an example utterance for an intent but `other`.",
     )
     profile_half_life_days: float = Field(default=30.0, gt=0)
     profile_max_messages: int = Field(default=200, ge=1, description="Newest messages that make a user's vector.")

@@ -8,6 +8,7 @@ import hashlib
 import io
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -72,7 +73,7 @@ def read(ref: Ref) -> pa.Table:
     return pq.read_table(pa.BufferReader(content))
 
 
-def read_column(refs: list[Ref], column: str) -> Iterator[list[object]]:
+def read_column(refs: list[Ref], column: str) -> Iterator[list[Any]]:
     """Yield one column of each staged file as a list, a file at a time."""
     for ref in refs:
         yield read(ref).column(column).to_pylist()

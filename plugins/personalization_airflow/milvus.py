@@ -3,9 +3,8 @@
 from typing import Any
 
 from airflow.sdk import BaseHook
-from pymilvus import MilvusClient
-
 from personalization.stores.milvus import GRPC_OPTIONS
+from pymilvus import MilvusClient
 
 DEFAULT_PORT = 19530
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from airflow.sdk import get_current_context
 from airflow.sdk.exceptions import AirflowFailException
-
 from personalization.errors import CatalogError, EmbeddingError, InputError
 from personalization.pipeline.catalog import load_catalog
 from personalization.pipeline.lineage import StageReport, reported
@@ -47,9 +46,7 @@ def stage(name: str) -> Iterator[Stage]:
     staging = Staging(settings.staging_uri, str(context["run_id"]))
     shard = max(instance.map_index or 0, 0)
     try:
-        with reported(
-            staging, str(context["run_id"]), name, shard=shard, attempt=instance.try_number
-        ) as report:
+        with reported(staging, str(context["run_id"]), name, shard=shard, attempt=instance.try_number) as report:
             yield Stage(report, staging, settings)
     except (InputError, CatalogError, EmbeddingError) as error:
         raise AirflowFailException(str(error)) from error

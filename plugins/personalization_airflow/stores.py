@@ -6,13 +6,13 @@ from contextlib import closing, contextmanager
 from airflow.providers.mongo.hooks.mongo import MongoHook
 from airflow.providers.neo4j.hooks.neo4j import Neo4jHook
 from airflow.providers.redis.hooks.redis import RedisHook
-
 from personalization.settings import Settings
 from personalization.stores.analytics import AnalyticsStore
 from personalization.stores.cache import CachePublisher
 from personalization.stores.milvus import VectorStore, milvus_errors
 from personalization.stores.mongo import MongoStore, mongo_errors
 from personalization.stores.neo4j import GraphStore, neo4j_errors
+
 from personalization_airflow.milvus import MilvusHook
 
 
@@ -48,7 +48,7 @@ def graph_store(settings: Settings) -> Iterator[GraphStore]:
 @contextmanager
 def cache_publisher() -> Iterator[CachePublisher]:
     """Redis by `redis_default`."""
-    with closing(RedisHook().get_conn()) as client:
+    with closing(RedisHook().get_conn()) as client:  # type: ignore[no-untyped-call]
         yield CachePublisher(client)
 
 

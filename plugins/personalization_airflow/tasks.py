@@ -4,11 +4,14 @@ Imports are inside, so that parsing the DAG loads no driver; torch comes with th
 """
 
 from collections.abc import Sequence
+
 from personalization.schemas import Ref
+
 
 def prepare() -> None:
     """Make the stores ready and bring the catalog into them."""
     from personalization.pipeline import catalog
+
     from personalization_airflow.stage import stage
     from personalization_airflow.stores import analytics_store, graph_store, vector_store
 
@@ -18,14 +21,13 @@ def prepare() -> None:
         graph_store(s.settings) as graph,
         analytics_store(s.settings) as analytics,
     ):
-        catalog.prepare(
-            s.report, catalog=s.catalog, space=s.space, vectors=vectors, graph=graph, analytics=analytics
-        )
+        catalog.prepare(s.report, catalog=s.catalog, space=s.space, vectors=vectors, graph=graph, analytics=analytics)
 
 
 def ingest(input_path: str) -> list[Ref]:
     """Take the named file, or what is new in the inbox; return the staged shards."""
     from personalization.pipeline import ingest
+
     from personalization_airflow.stage import stage
     from personalization_airflow.stores import mongo_store
 
@@ -39,6 +41,7 @@ def ingest(input_path: str) -> list[Ref]:
 def embed_catalog() -> Ref:
     """Embed the catalog's example utterances, once a catalog and model."""
     from personalization.pipeline import embed
+
     from personalization_airflow.stage import stage
 
     with stage("embed_catalog") as s:
@@ -48,6 +51,7 @@ def embed_catalog() -> Ref:
 def embed(shard: Ref) -> Ref:
     """Embed one shard of messages."""
     from personalization.pipeline import embed
+
     from personalization_airflow.stage import stage
 
     with stage("embed") as s:
@@ -57,6 +61,7 @@ def embed(shard: Ref) -> Ref:
 def upsert_vectors(shard: Ref) -> None:
     """Write one shard's vectors to Milvus."""
     from personalization.pipeline import vectors
+
     from personalization_airflow.stage import stage
     from personalization_airflow.stores import vector_store
 
@@ -67,6 +72,7 @@ def upsert_vectors(shard: Ref) -> None:
 def detect_intents(shards: Sequence[Ref] | None, utterances: Ref) -> list[Ref]:
     """Find what each message expresses; return the users to refresh, in pages."""
     from personalization.pipeline import intents
+
     from personalization_airflow.stage import stage
     from personalization_airflow.stores import analytics_store, vector_store
 
@@ -87,6 +93,7 @@ def detect_intents(shards: Sequence[Ref] | None, utterances: Ref) -> list[Ref]:
 def build_graph(user_page: Ref) -> None:
     """Write what one page of users expressed and engaged with to Neo4j."""
     from personalization.pipeline import graph
+
     from personalization_airflow.stage import stage
     from personalization_airflow.stores import analytics_store, graph_store
 
@@ -101,6 +108,7 @@ def build_graph(user_page: Ref) -> None:
 def roll_up_engagement(user_pages: list[Ref]) -> None:
     """Set the users' engagement and the campaigns' totals."""
     from personalization.pipeline import engagement
+
     from personalization_airflow.stage import stage
     from personalization_airflow.stores import analytics_store
 
@@ -111,6 +119,7 @@ def roll_up_engagement(user_pages: list[Ref]) -> None:
 def refresh_profiles(user_pages: list[Ref]) -> None:
     """Set the users' vectors from those of their messages."""
     from personalization.pipeline import vectors
+
     from personalization_airflow.stage import stage
     from personalization_airflow.stores import analytics_store, vector_store
 
@@ -123,6 +132,7 @@ def refresh_profiles(user_pages: list[Ref]) -> None:
 def publish(user_pages: list[Ref]) -> None:
     """Make the run's data what is served."""
     from personalization.pipeline import publish
+
     from personalization_airflow.stage import stage
     from personalization_airflow.stores import (
         analytics_store,
@@ -158,9 +168,9 @@ def publish(user_pages: list[Ref]) -> None:
 def record_lineage() -> None:
     """Write a row for every stage to `pipeline_runs`, whatever became of the run."""
     from airflow.sdk import get_current_context
-
     from personalization.pipeline import lineage
     from personalization.staging import Staging
+
     from personalization_airflow.stage import run_settings
     from personalization_airflow.stores import analytics_store
 

@@ -3,7 +3,6 @@
 from typing import Annotated
 
 from fastapi import Depends, Path, Query, Request
-
 from personalization.recommend.service import Recommender
 from personalization.schemas import Identifier
 

@@ -5,8 +5,6 @@ from contextlib import asynccontextmanager
 from typing import Any, Literal
 
 from fastapi import FastAPI, Response
-from pydantic import BaseModel
-
 from personalization.recommend.service import Recommender
 from personalization.schemas import Recommendations
 from personalization.settings import get_settings
@@ -14,6 +12,8 @@ from personalization.stores.analytics import AsyncAnalyticsReader
 from personalization.stores.cache import AsyncCache
 from personalization.stores.milvus import AsyncVectorReader
 from personalization.stores.neo4j import AsyncGraphReader
+from pydantic import BaseModel
+
 from services.api.deps import RecommenderDep, Top, UserId
 from services.api.problems import Problem, add_problem_handlers
 

@@ -7,10 +7,9 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from personalization.errors import StoreError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-
-from personalization.errors import StoreError
 
 _RETRY_AFTER_S = 5
 
@@ -28,27 +27,24 @@ class Problem(BaseModel):
 
 def add_problem_handlers(app: FastAPI) -> None:
     """Make every error of the app a problem document."""
-    app.add_exception_handler(StoreError, _store_error)
-    app.add_exception_handler(RequestValidationError, _validation_error)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _unexpected_error)
+    app.exception_handler(StoreError)(_store_error)
+    app.exception_handler(RequestValidationError)(_validation_error)
+    app.exception_handler(HTTPException)(_http_error)
+    app.exception_handler(Exception)(_unexpected_error)
 
 
-async def _store_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, StoreError)
+async def _store_error(request: Request, error: StoreError) -> JSONResponse:
     log.error("store error", path=request.url.path, problem=str(error))
     detail = f"The {error.store} store does not answer, or no run has been published yet."
     return _problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, headers={"Retry-After": str(_RETRY_AFTER_S)})
 
 
-async def _validation_error(request: Request, error: Exception) -> JSONResponse:  # noqa: ARG001
-    assert isinstance(error, RequestValidationError)
+async def _validation_error(request: Request, error: RequestValidationError) -> JSONResponse:  # noqa: ARG001
     problems = (f"{one['loc'][-1]}: {one['msg'].removeprefix('Value error, ')}" for one in error.errors())
     return _problem(HTTPStatus.UNPROCESSABLE_ENTITY, "; ".join(problems))
 
 
-async def _http_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
+async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
     detail = f"{request.method} {request.url.path}: {error.detail}"
     return _problem(HTTPStatus(error.status_code), detail, headers=error.headers)
 

@@ -72,13 +72,9 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_each_page_shows_its_heading_and_a_chart_without_console_errors(
-    dashboard: str, browser: Browser, scheme: str
-):
+def test_each_page_shows_its_heading_and_a_chart_without_console_errors(dashboard: str, browser: Browser, scheme: str):
     ARTIFACTS.mkdir(exist_ok=True)
-    page = browser.new_page(
-        viewport={"width": 1360, "height": 1600}, color_scheme=scheme, timezone_id="Europe/Zurich"
-    )
+    page = browser.new_page(viewport={"width": 1360, "height": 1600}, color_scheme=scheme, timezone_id="Europe/Zurich")
     problems: list[str] = []
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: problems.append(str(error)))

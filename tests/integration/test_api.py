@@ -6,14 +6,14 @@ from typing import Any
 import httpx
 import pytest
 from conftest import SAMPLE, empty_settings, free_ports
+from personalization.local.stack import Stack
+from personalization.pipeline.run import run_pipeline
+from personalization.settings import Settings, get_settings
 from pydantic import SecretStr
 from redis import Redis
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
-from personalization.local.stack import Stack
-from personalization.pipeline.run import run_pipeline
-from personalization.settings import Settings, get_settings
 from services.api.main import app
 
 
@@ -41,7 +41,10 @@ async def serve(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIte
         monkeypatch.setenv(name.upper(), text)
     get_settings.cache_clear()
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://api") as client:
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://api") as client,
+    ):
         yield client
     get_settings.cache_clear()
 

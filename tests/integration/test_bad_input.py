@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 from conftest import free_ports
-from sqlalchemy import create_engine, text
-
 from personalization.errors import StoreError
 from personalization.pipeline.run import run_pipeline
 from personalization.settings import Settings
+from sqlalchemy import create_engine, text
 
 ROW = {"user_id": "ann", "message": "I want to book a flight to Lisbon", "timestamp": "2026-10-01T09:00:00Z"}
 ARRAY = json.dumps([{**ROW, "message": f"{ROW['message']} on day {day}"} for day in range(50)])
@@ -22,14 +21,17 @@ def truncated_gzip(path: Path) -> None:
 
 
 FILES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (lambda path: None, "no such file"),
+    "missing": (lambda _: None, "no such file"),
     "directory": (lambda path: path.mkdir(), "is a directory"),
     "empty": (lambda path: path.write_bytes(b""), "is empty"),
     "blank": (lambda path: path.write_bytes(b" \n\n"), "white space"),
     "not_json": (lambda path: path.write_text("user,message\nann,hello\n"), "row 1: not valid JSON"),
     "truncated": (lambda path: path.write_text(ARRAY[:-30]), "row 50"),
     "truncated_gzip": (truncated_gzip, "truncated"),
-    "wrong_schema": (lambda path: path.write_text(json.dumps([{"who": "ann", "said": "hi"}])), "user_id: Field required"),
+    "wrong_schema": (
+        lambda path: path.write_text(json.dumps([{"who": "ann", "said": "hi"}])),
+        "user_id: Field required",
+    ),
     "utf16": (lambda path: path.write_bytes(ARRAY.encode("utf-16")), "UTF-16"),
 }
 
@@ -99,7 +101,10 @@ def test_a_store_that_is_down_is_named_and_the_next_run_heals(store: str, settin
 
 @pytest.mark.parametrize(
     ("store", "change"),
-    [("neo4j", {"neo4j_password": "not-the-password"}), ("redis", {"redis_url": "redis://:wrong@{address}/0"})],
+    [
+        ("neo4j", {"neo4j_password": "not-the-password"}),
+        ("redis", {"redis_url": "redis://:wrong@{address}/0"}),
+    ],
 )
 def test_a_store_that_refuses_the_password_is_named_and_the_password_is_not(
     store: str, change: dict[str, str], settings: Settings, tmp_path: Path
@@ -121,5 +126,5 @@ def test_an_unwritable_analytics_database_is_named(settings: Settings, tmp_path:
     occupied = tmp_path / "analytics.db"
     occupied.write_bytes(b"this is not a database, but long enough to be read as the header of one" * 20)
 
-    with pytest.raises(StoreError, match="analytics: .*SQLITE_PATH"):
+    with pytest.raises(StoreError, match=r"analytics: .*SQLITE_PATH"):
         run_pipeline(tmp_path / "missing.json", settings)

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 from conftest import SAMPLE
 from neo4j import GraphDatabase
+from personalization.pipeline.run import run_pipeline
+from personalization.settings import Settings
 from pymilvus import MilvusClient
 from pymongo import MongoClient
 from redis import Redis
 from sqlalchemy import create_engine, text
-
-from personalization.pipeline.run import run_pipeline
-from personalization.settings import Settings
 
 
 class Stores:
@@ -164,7 +163,12 @@ def test_a_ten_megabyte_message_is_quarantined_whole(settings: Settings, stores:
 
 
 def test_an_id_used_twice_with_other_text_keeps_the_first(settings: Settings, stores: Stores, tmp_path: Path) -> None:
-    rows = [row("first", message_id="m1"), row("second", message_id="m1"), row("third"), row("first", message_id="m1")]
+    rows = [
+        row("first", message_id="m1"),
+        row("second", message_id="m1"),
+        row("third"),
+        row("first", message_id="m1"),
+    ]
     path = write_rows(tmp_path / "twice.ndjson", rows)
 
     for _ in range(2):

@@ -9,10 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import stack_config
-from pymongo import MongoClient
-
 from personalization.errors import LocalStackError
 from personalization.local.stack import Stack
+from pymongo import MongoClient
 
 
 @pytest.fixture

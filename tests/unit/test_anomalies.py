@@ -47,9 +47,7 @@ def test_a_failed_stage_is_an_error_with_its_message_and_advice_for_its_cause(st
 
 
 def test_a_failure_nobody_foresaw_points_to_the_log(store: AnalyticsStore):
-    store.record_runs(
-        run_rows("broken", embed={"status": "failed", "error_type": "KeyError", "error": "'x'"})
-    )
+    store.record_runs(run_rows("broken", embed={"status": "failed", "error_type": "KeyError", "error": "'x'"}))
 
     [found] = failed_stages(store.engine, runs=10)
 
@@ -182,9 +180,7 @@ def test_only_the_latest_runs_are_looked_at(store: AnalyticsStore):
 def test_the_newest_run_comes_first_and_its_errors_before_its_warnings(store: AnalyticsStore):
     store.record_runs(run_rows("older", NOW - timedelta(hours=1), embed={"status": "failed"}))
     store.record_runs(
-        run_rows(
-            "newer", NOW, build_graph={"rows_out": 0}, publish=publish(vectors=97, users_without_intent=1)
-        )
+        run_rows("newer", NOW, build_graph={"rows_out": 0}, publish=publish(vectors=97, users_without_intent=1))
     )
 
     found = find_anomalies(store.engine, runs=10)

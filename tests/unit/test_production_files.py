@@ -68,9 +68,9 @@ def required() -> set[str]:
 
 def interpolated(text: str) -> str:
     """The text as Compose sees it with an `.env` of nothing but the required values."""
-    return _PLACEHOLDER.sub(
-        lambda match: "5ec4e7" if match["how"] == "?" else match["what"] or "", text
-    ).replace("$$", "$")
+    return _PLACEHOLDER.sub(lambda match: "5ec4e7" if match["how"] == "?" else match["what"] or "", text).replace(
+        "$$", "$"
+    )
 
 
 def assignments(text: str) -> dict[str, str]:
@@ -196,9 +196,7 @@ class TestCompose:
                 assert Path(mount.split(":")[1]) in {path, path.parent}
 
     def test_all_who_open_the_analytics_database_share_one_volume(self):
-        mounted_by = {
-            name for name, spec in SERVICES.items() if "analytics:/data/analytics" in spec["volumes"]
-        }
+        mounted_by = {name for name, spec in SERVICES.items() if "analytics:/data/analytics" in spec["volumes"]}
 
         assert mounted_by == {"airflow-scheduler", "api", "dashboard"}
 

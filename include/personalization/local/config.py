@@ -29,7 +29,8 @@ class StackConfig(BaseSettings):
     api_port: int = 8000
     dashboard_port: int = 8501
     local_milvus: Literal["lite", "standalone"] = Field(
-        default="lite", description="`standalone`: the genuine Milvus of the PyPI package `milvus`, where installed."
+        default="lite",
+        description="`standalone`: the genuine Milvus of the PyPI package `milvus`, where installed.",
     )
     local_stack_dir: Path = Field(default=STACK_ENV_FILE.parent, description="Folder of all data, logs and secrets.")
 
@@ -133,9 +134,7 @@ class StackConfig(BaseSettings):
                     "extra": {"directConnection": True, "tz_aware": True},
                 }
             ),
-            "AIRFLOW_CONN_MILVUS_DEFAULT": json.dumps(
-                {"conn_type": "milvus", "host": HOST, "port": self.milvus_port}
-            ),
+            "AIRFLOW_CONN_MILVUS_DEFAULT": json.dumps({"conn_type": "milvus", "host": HOST, "port": self.milvus_port}),
             "AIRFLOW_CONN_NEO4J_DEFAULT": json.dumps(
                 {
                     "conn_type": "neo4j",

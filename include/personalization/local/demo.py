@@ -26,7 +26,12 @@ _POLL_S = 1.0
 _USERS_SHOWN = 3
 _ROWS_LOOKED_AT = 2000
 _ENDED_WELL = {"success", "skipped"}
-_MARKS = {"success": "[green]✓[/]", "skipped": "[dim]–[/]", "failed": "[red]✗[/]", "upstream_failed": "[dim red]✗[/]"}
+_MARKS = {
+    "success": "[green]✓[/]",
+    "skipped": "[dim]–[/]",
+    "failed": "[red]✗[/]",
+    "upstream_failed": "[dim red]✗[/]",
+}
 
 
 class DagFailedError(PersonalizationError):
@@ -45,11 +50,14 @@ def run_demo(stack: Stack, input_path: Path, console: Console) -> None:
     config = stack.config
     with _airflow(config) as airflow:
         _wait_until_parsed(airflow, stack)
+        airflow.patch(f"/dags/{DAG_ID}", json={"is_paused": False}).raise_for_status()
         trigger = {"logical_date": None, "conf": {"input_path": str(source)}}
         run_id = airflow.post(f"/dags/{DAG_ID}/dagRuns", json=trigger).raise_for_status().json()["dag_run_id"]
-        # Only now, so that this run goes before the first scheduled one.
-        airflow.patch(f"/dags/{DAG_ID}", json={"is_paused": False}).raise_for_status()
-        console.print(f"\nTriggered [bold]{DAG_ID}[/] on {escape(str(source))}, run {run_id}", highlight=False, soft_wrap=True)
+        console.print(
+            f"\nTriggered [bold]{DAG_ID}[/] on {escape(str(source))}, run {run_id}",
+            highlight=False,
+            soft_wrap=True,
+        )
         _follow(airflow, stack, run_id, console)
     _show_recommendations(config, source, console)
     console.print(
@@ -93,7 +101,7 @@ def _follow(airflow: httpx.Client, stack: Stack, run_id: str, console: Console) 
                 if task["state"] in _MARKS and key not in seen:
                     seen.add(key)
                     console.print(_line(task))
-            status.update(_running(tasks))
+            status.update(_running(tasks) if run["state"] != "queued" else "waiting for the run before it to end")
             if run["state"] in ("success", "failed"):
                 break
             time.sleep(_POLL_S)
@@ -133,7 +141,11 @@ def _show_recommendations(config: StackConfig, source: UPath, console: Console) 
             for place, one in enumerate(answer["recommendations"], start=1):
                 console.print(f"  {place}. [bold cyan]{escape(one['name'])}[/]  {one['score']:.2f}")
                 for reason in one["reasons"]:
-                    console.print(f"       {reason['share']:.2f}  {escape(reason['text'])}", highlight=False, soft_wrap=True)
+                    console.print(
+                        f"       {reason['share']:.2f}  {escape(reason['text'])}",
+                        highlight=False,
+                        soft_wrap=True,
+                    )
     console.print()
 
 

@@ -60,15 +60,22 @@ def airflow_services(config: StackConfig) -> list[Service]:
 
 def app_services(config: StackConfig) -> list[Service]:
     """The API and the dashboard."""
-    api = [sys.executable, "-m", "uvicorn", "services.api.main:app", "--host", HOST, "--port", str(config.api_port)]
+    api = [
+        sys.executable,
+        "-m",
+        "uvicorn",
+        "services.api.main:app",
+        "--host",
+        HOST,
+        "--port",
+        str(config.api_port),
+    ]
     dashboard = [
         *(sys.executable, "-m", "streamlit", "run", "dashboards/app.py"),
         *("--server.address", HOST, "--server.port", str(config.dashboard_port), "--server.headless", "true"),
     ]
     return [
-        Service(
-            "api", api, lambda: _get(f"http://{HOST}:{config.api_port}/health"), config.api_port, "API_PORT"
-        ),
+        Service("api", api, lambda: _get(f"http://{HOST}:{config.api_port}/health"), config.api_port, "API_PORT"),
         Service(
             "dashboard",
             dashboard,
@@ -106,12 +113,20 @@ def _milvus(config: StackConfig) -> Service:
         from personalization.stores.milvus import GRPC_OPTIONS
 
         uri = f"http://{HOST}:{config.milvus_port}"
-        with closing(MilvusClient(uri=uri, timeout=_PROBE_TIMEOUT_S, grpc_options=GRPC_OPTIONS, dedicated=True)) as client:
+        with closing(
+            MilvusClient(uri=uri, timeout=_PROBE_TIMEOUT_S, grpc_options=GRPC_OPTIONS, dedicated=True)
+        ) as client:
             client.list_collections()
 
     data = config.data / f"milvus-{config.local_milvus}"
     if config.local_milvus == "standalone":
-        command = [sys.executable, "-m", "personalization.local.milvus_standalone", str(data), str(config.milvus_port)]
+        command = [
+            sys.executable,
+            "-m",
+            "personalization.local.milvus_standalone",
+            str(data),
+            str(config.milvus_port),
+        ]
     else:
         command = [
             *(_executable("milvus-lite"), "server", "--data-dir", str(data)),

@@ -143,26 +143,25 @@ class Stack:
                 self._call("startProcess", service.name, False)
         for service in services:
             if service.answers is not None:
-                self._wait_until_it_answers(service)
+                self._wait_until_it_answers(service.name, service.answers)
                 where = f"on {HOST}:{service.port}"
                 how = "already running" if service.name in running else f"up after {time.monotonic() - started:.0f} s"
                 say(f"{service.name}: {how} {where}")
 
-    def _wait_until_it_answers(self, service: Service) -> None:
+    def _wait_until_it_answers(self, name: str, answers: Callable[[], object]) -> None:
         deadline = time.monotonic() + _UP_TIMEOUT_S
         last: Exception | None = None
         while time.monotonic() < deadline:
             self.check_alive()
             try:
-                assert service.answers is not None
-                service.answers()
+                answers()
             except Exception as error:  # noqa: BLE001 - whatever the driver raises: not up yet, kept as the reason
                 last = error
                 time.sleep(0.25)
             else:
                 return
-        log = self.log_file(service.name)
-        raise LocalStackError(f"{service.name} does not answer after {_UP_TIMEOUT_S} s ({last}); see {log}")
+        log = self.log_file(name)
+        raise LocalStackError(f"{name} does not answer after {_UP_TIMEOUT_S} s ({last}); see {log}")
 
     def _check_ports(self, services: Sequence[Service]) -> None:
         for service in services:
@@ -254,7 +253,11 @@ class Stack:
             token = client.get("/auth/token").raise_for_status().json()["access_token"]
             client.headers["Authorization"] = f"Bearer {token}"
             if client.get(f"/api/v2/pools/{EMBEDDING_POOL}").status_code == httpx.codes.NOT_FOUND:
-                pool = {"name": EMBEDDING_POOL, "slots": 1, "description": "Tasks that load the embedding model"}
+                pool = {
+                    "name": EMBEDDING_POOL,
+                    "slots": 1,
+                    "description": "Tasks that load the embedding model",
+                }
                 client.post("/api/v2/pools", json=pool).raise_for_status()
 
 

@@ -42,7 +42,7 @@ class Encoder:
                 f"EMBEDDING_MODEL {model_name!r} cannot be loaded: {error}. Name a model of the hub, a folder that "
                 f"holds one, or package:NAME for a Python package that carries one"
             ) from error
-        self.model_dim = int(self._model.get_embedding_dimension())
+        self.model_dim: int = self._model.get_embedding_dimension() or 0
         if self.model_dim > dim:
             raise EmbeddingError(
                 f"EMBEDDING_MODEL {model_name!r} makes {self.model_dim}-d vectors, which do not fit "

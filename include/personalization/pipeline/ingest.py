@@ -71,7 +71,13 @@ def select_files(input_path: str | None, *, inbox_uri: str, mongo: MongoStore) -
 
 
 def ingest(
-    report: StageReport, *, files: Iterable[UPath], model: str, mongo: MongoStore, staging: Staging, settings: Settings
+    report: StageReport,
+    *,
+    files: Iterable[UPath],
+    model: str,
+    mongo: MongoStore,
+    staging: Staging,
+    settings: Settings,
 ) -> list[Ref]:
     """Take the files and return the staged shards: `id, user_id, timestamp (epoch ms), text`.
 
@@ -268,9 +274,7 @@ def _fingerprint(path: UPath) -> str:
     return f"{path.name}:{facts.st_size}:{facts.st_mtime}"
 
 
-def _reject_summary(
-    report: StageReport, sources: list[SourceFile], reasons: dict[str, int], settings: Settings
-) -> str:
+def _reject_summary(report: StageReport, sources: list[SourceFile], reasons: dict[str, int], settings: Settings) -> str:
     examples = "; ".join(f"row {row}: {reason}" for reason, row in islice(reasons.items(), 3))
     names = ", ".join(str(source.path) for source in sources)
     return (

@@ -148,7 +148,11 @@ def _next_value(window: _Window, path: UPath, number: int) -> tuple[str, Any]:
             if len(window.text) - window.at > MAX_ROW_BYTES:
                 _refuse(path, number, f"is larger than {MAX_ROW_BYTES // 2**20} MiB, or the JSON breaks here")
             if not window.grow():
-                _refuse(path, number, "the array is cut off" if _at_end(error) else f"not valid JSON ({error.msg})")
+                _refuse(
+                    path,
+                    number,
+                    "the array is cut off" if _at_end(error) else f"not valid JSON ({error.msg})",
+                )
             continue
         except (RecursionError, ValueError):
             _refuse(path, number, "is nested too deeply or holds a number with too many digits")

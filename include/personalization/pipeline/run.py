@@ -61,7 +61,12 @@ def run_pipeline(path: str | PathLike[str], settings: Settings | None = None) ->
 
 
 def _run_stages(
-    run_id: str, path: UPath, settings: Settings, staging: Staging, analytics: AnalyticsStore, stack: ExitStack
+    run_id: str,
+    path: UPath,
+    settings: Settings,
+    staging: Staging,
+    analytics: AnalyticsStore,
+    stack: ExitStack,
 ) -> None:
     def stage(name: str, shard: int = 0) -> AbstractContextManager[StageReport]:
         return reported(staging, run_id, name, shard=shard)

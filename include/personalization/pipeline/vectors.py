@@ -51,7 +51,11 @@ def refresh_profiles(
 
 
 def _profiles(
-    user_ids: list[str], space: VectorSpace, analytics: AnalyticsStore, vectors: VectorStore, settings: Settings
+    user_ids: list[str],
+    space: VectorSpace,
+    analytics: AnalyticsStore,
+    vectors: VectorStore,
+    settings: Settings,
 ) -> list[dict[str, object]]:
     newest = analytics.newest_messages(user_ids, settings.profile_max_messages)
     last_seen: dict[str, int] = defaultdict(int)

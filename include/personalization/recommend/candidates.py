@@ -44,7 +44,5 @@ async def gather_evidence(
         analytics.campaign_users(),
     )
     near = [one for one in similar if one["similarity"] >= MIN_SIMILARITY]
-    neighbours_campaigns = (
-        await graph.neighbours_campaigns([one["user_id"] for one in near], now_ms) if near else []
-    )
+    neighbours_campaigns = await graph.neighbours_campaigns([one["user_id"] for one in near], now_ms) if near else []
     return Evidence(campaigns, own_intents, near, neighbours_campaigns, engaged_users)

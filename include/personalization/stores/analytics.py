@@ -207,11 +207,7 @@ class AnalyticsStore:
             )
             connection.execute(
                 insert(CampaignTarget),
-                [
-                    {"campaign_id": one.id, "intent_id": intent}
-                    for one in catalog.campaigns
-                    for intent in one.intents
-                ],
+                [{"campaign_id": one.id, "intent_id": intent} for one in catalog.campaigns for intent in one.intents],
             )
 
     def replace_message_intents(self, message_ids: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
@@ -336,11 +332,11 @@ class AnalyticsStore:
         with analytics_errors(), Session(self.engine) as session, session.begin():
             session.merge(state)
 
-    def _of_users(self, query: Select[Any], column: Any, user_ids: Sequence[str]) -> Iterator[dict[str, Any]]:
+    def _of_users(self, query: Select[*tuple[Any, ...]], column: Any, user_ids: Sequence[str]) -> Iterator[dict[str, Any]]:
         for chunk in _chunks(user_ids):
             yield from self._fetch(query.where(column.in_(chunk)))
 
-    def _fetch(self, query: Select[Any]) -> list[dict[str, Any]]:
+    def _fetch(self, query: Select[*tuple[Any, ...]]) -> list[dict[str, Any]]:
         with analytics_errors(), self.engine.connect() as connection:
             return [dict(row) for row in connection.execute(query).mappings()]
 
@@ -369,7 +365,7 @@ def open_read_only(settings: Settings) -> Engine:
     return create_engine(_read_only(settings.analytics_database, "sqlite"))
 
 
-def _engagement_query() -> Select[Any]:
+def _engagement_query() -> Select[*tuple[Any, ...]]:
     """Messages whose intent a campaign targets, sent while it ran, by user and campaign."""
     return (
         select(

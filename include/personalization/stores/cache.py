@@ -6,6 +6,7 @@ never looked up again and expire by themselves.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
@@ -83,8 +84,7 @@ class AsyncCache:
     async def get(self, generation: int, user_id: str, top: int) -> bytes | None:
         """A stored answer, as the bytes it was stored as."""
         with redis_errors():
-            answer: bytes | None = await self.client.get(_answer_key(generation, user_id, top))
-            return answer
+            return cast("bytes | None", await self.client.get(_answer_key(generation, user_id, top)))
 
     async def put(self, generation: int, user_id: str, top: int, answer: bytes) -> None:
         """Store an answer until its time to live is over."""

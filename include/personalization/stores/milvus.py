@@ -147,9 +147,7 @@ class VectorStore:
         schema.add_field(scalar, DataType.INT64)
         schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=space.dim)
         index = self.client.prepare_index_params()
-        index.add_index(
-            "embedding", index_type="HNSW", metric_type="COSINE", params={"M": 16, "efConstruction": 200}
-        )
+        index.add_index("embedding", index_type="HNSW", metric_type="COSINE", params={"M": 16, "efConstruction": 200})
         self.client.create_collection(name, schema=schema, index_params=index)
         self.client.load_collection(name)
 

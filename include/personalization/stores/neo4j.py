@@ -201,7 +201,9 @@ class GraphStore:
         """Users in the graph and the sum of all EXPRESSED counts."""
         with neo4j_errors():
             users = self.driver.execute_query(
-                "MATCH (u:User) RETURN count(u) AS users", database_=self._database, routing_=RoutingControl.READ
+                "MATCH (u:User) RETURN count(u) AS users",
+                database_=self._database,
+                routing_=RoutingControl.READ,
             )
             expressed = self.driver.execute_query(
                 "MATCH (:User)-[e:EXPRESSED]->(:Intent) RETURN sum(e.count) AS expressed",

@@ -1,0 +1,237 @@
+"""The whole platform as its user runs it: the embedded stack, the DAG in Airflow, the API, the dashboard."""
+
+import gzip
+import io
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from browser import ARTIFACTS, chromium, needs_browser
+from conftest import SAMPLE, stack_config
+from personalization.local.demo import DAG_ID, DagFailedError, run_demo
+from personalization.local.stack import Stack
+from playwright.sync_api import expect
+from pymongo import MongoClient
+from rich.console import Console
+from sqlalchemy import create_engine, text
+from upath import UPath
+
+pytestmark = pytest.mark.timeout(900)
+
+PATIENCE_S = 240
+PATIENCE_MS = 60_000
+
+
+class Platform:
+    """A running stack, and what its users see of it."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.airflow_url = f"http://127.0.0.1:{stack.config.airflow_port}"
+        self.api_url = f"http://127.0.0.1:{stack.config.api_port}"
+        self.dashboard_url = f"http://127.0.0.1:{stack.config.dashboard_port}"
+        token = httpx.get(f"{self.airflow_url}/auth/token").json()["access_token"]
+        headers = {"Authorization": f"Bearer {token}"}
+        self.airflow = httpx.Client(base_url=f"{self.airflow_url}/api/v2", headers=headers, timeout=30)
+
+    def demo(self, path: Path) -> str:
+        """Run the demo on a file; return what it printed."""
+        output = io.StringIO()
+        run_demo(self.stack, path, Console(file=output, width=200))
+        return output.getvalue()
+
+    def runs(self) -> list[dict[str, Any]]:
+        answer = self.airflow.get(f"/dags/{DAG_ID}/dagRuns", params={"order_by": "-run_after"}).raise_for_status()
+        runs: list[dict[str, Any]] = answer.json()["dag_runs"]
+        return runs
+
+    def wait_for_run(self, run_id: str) -> str:
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            state = self.airflow.get(f"/dags/{DAG_ID}/dagRuns/{run_id}").raise_for_status().json()["state"]
+            if state in ("success", "failed"):
+                return str(state)
+            time.sleep(1)
+        raise AssertionError(f"{run_id} did not end")
+
+    def task_states(self, run_id: str) -> dict[str, str]:
+        url = f"/dags/{DAG_ID}/dagRuns/{run_id}/taskInstances"
+        tasks = self.airflow.get(url, params={"limit": 1000}).raise_for_status().json()["task_instances"]
+        return {task["task_id"]: task["state"] for task in tasks}
+
+    def lineage(self, run_id: str) -> dict[str, Any]:
+        engine = create_engine(f"sqlite:///{self.stack.config.platform_env['SQLITE_PATH']}")
+        with engine.connect() as connection:
+            rows = connection.execute(text("SELECT * FROM pipeline_runs WHERE run_id = :run_id"), {"run_id": run_id})
+            found = {row.stage: row for row in rows}
+        engine.dispose()
+        return found
+
+    def messages(self) -> int:
+        with MongoClient(self.stack.config.platform_env["MONGODB_URI"]) as client:
+            return client.personalization.conversations.count_documents({})
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    stack = Stack(stack_config(tmp_path_factory.mktemp("platform") / "stack"))
+    stack.start(print)
+    yield Platform(stack)
+    stack.stop()
+
+
+@pytest.fixture(scope="module")
+def demo_output(platform: Platform) -> str:
+    return platform.demo(SAMPLE)
+
+
+def manual_run(platform: Platform) -> str:
+    return next(run["dag_run_id"] for run in platform.runs() if run["run_type"] == "manual")
+
+
+def test_the_demo_shows_every_task_the_recommendations_and_the_three_addresses(
+    platform: Platform, demo_output: str
+) -> None:
+    for task in (
+        "prepare",
+        "ingest",
+        "embed [0]",
+        "upsert_vectors [0]",
+        "build_graph [0]",
+        "publish",
+        "record_lineage",
+    ):
+        assert f"✓ {task}" in demo_output
+    assert "expressed “" in demo_output
+    for url in (platform.airflow_url, platform.api_url, platform.dashboard_url):
+        assert url in demo_output
+
+
+def test_lineage_has_a_row_for_every_stage_with_its_figures(platform: Platform, demo_output: str) -> None:
+    rows = platform.lineage(manual_run(platform))
+
+    total = len(json.loads(SAMPLE.read_text()))
+    assert len(rows) == 10
+    assert {row.status for row in rows.values()} == {"success"}
+    assert rows["ingest"].rows_in == rows["ingest"].rows_out == rows["upsert_vectors"].rows_out == total
+    assert platform.messages() == total
+
+
+def test_the_api_answers_with_reasons_after_the_run(platform: Platform, demo_output: str) -> None:
+    assert httpx.get(f"{platform.api_url}/health").json() == {"status": "ok"}
+    answer = httpx.get(f"{platform.api_url}/recommendations/maria", params={"top": 5}).json()
+    assert answer["recommendations"][0]["campaign_id"] == "weekend_city_breaks"
+    assert answer["recommendations"][0]["reasons"]
+
+
+def test_a_scheduled_run_takes_the_inbox_once_and_is_green_when_nothing_is_new(
+    platform: Platform, demo_output: str
+) -> None:
+    scheduled = next(run["dag_run_id"] for run in platform.runs() if run["run_type"] == "scheduled")
+    assert platform.wait_for_run(scheduled) == "success"
+    assert platform.lineage(scheduled)["ingest"].rows_in == 0
+
+    inbox = UPath(platform.stack.config.platform_env["INBOX_URI"])
+    row = {"user_id": "inbox-user", "message": "I lost my card, please block it", "timestamp": "2026-11-01T08:00:00Z"}
+    (inbox / "monday.ndjson.gz").write_bytes(gzip.compress(json.dumps(row).encode()))
+    (inbox / ".half-written.json").write_text("[{")
+    before = platform.messages()
+    first, second = (trigger_without_path(platform) for _ in range(2))
+
+    assert platform.wait_for_run(first) == platform.wait_for_run(second) == "success"
+    assert platform.messages() == before + 1
+    assert platform.lineage(first)["ingest"].rows_in == 1
+    assert platform.lineage(second)["ingest"].rows_in == 0
+    assert platform.task_states(second)["embed"] == "skipped"
+
+
+def trigger_without_path(platform: Platform) -> str:
+    answer = platform.airflow.post(f"/dags/{DAG_ID}/dagRuns", json={"logical_date": None}).raise_for_status()
+    return str(answer.json()["dag_run_id"])
+
+
+def test_a_failed_task_fails_the_demo_with_its_name_and_log_and_lineage_says_why(
+    platform: Platform, demo_output: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "wrong.json"
+    path.write_text(json.dumps([{"who": "ann"}]))
+
+    with pytest.raises(DagFailedError, match=r"task ingest failed; its log: .*attempt=1\.log") as failure:
+        platform.demo(path)
+
+    log = Path(str(failure.value).split("its log: ")[1])
+    assert "user_id: Field required" in log.read_text()
+    run_id = manual_run(platform)
+    assert platform.task_states(run_id)["record_lineage"] == "success"
+    rows = platform.lineage(run_id)
+    assert rows["ingest"].status == "failed"
+    assert "user_id: Field required" in rows["ingest"].error
+    assert rows["publish"].status == "not_run"
+
+
+def test_a_conf_that_breaks_the_schema_is_refused_at_the_door(platform: Platform, demo_output: str) -> None:
+    trigger = {"logical_date": None, "conf": {"input_path": 7}}
+    answer = platform.airflow.post(f"/dags/{DAG_ID}/dagRuns", json=trigger)
+    assert answer.status_code == 400
+    assert "input_path" in answer.text
+
+
+@needs_browser
+def test_a_trigger_from_the_form_runs_green(platform: Platform, demo_output: str) -> None:
+    before = {run["dag_run_id"] for run in platform.runs()}
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1440, "height": 1000})
+        page.goto(f"{platform.airflow_url}/dags/{DAG_ID}")
+        page.get_by_role("button", name="Trigger").first.click(timeout=PATIENCE_MS)
+        form = page.get_by_role("dialog").filter(has_text="Run Parameters")
+        expect(form.get_by_text("Input file")).to_be_visible(timeout=PATIENCE_MS)
+        expect(form.get_by_text("A JSON array or NDJSON")).to_be_visible()
+        form.locator("input[name='element_input_path']").fill(str(SAMPLE))
+        form.locator("input[name='element_input_path']").press("Tab")
+        page.screenshot(path=ARTIFACTS / "airflow-trigger-form.png")
+        form.get_by_role("button", name="Trigger").click()
+        deadline = time.monotonic() + 30
+        while not (new := {run["dag_run_id"] for run in platform.runs()} - before):
+            assert time.monotonic() < deadline, "the form triggered no run"
+            time.sleep(0.5)
+        [run_id] = new
+        assert platform.wait_for_run(run_id) == "success"
+        assert platform.lineage(run_id)["ingest"].skipped == len(json.loads(SAMPLE.read_text()))
+        page.goto(f"{platform.airflow_url}/dags/{DAG_ID}")
+        page.get_by_role("button", name="Show Graph").click()
+        expect(page.get_by_text("record_lineage").first).to_be_visible(timeout=PATIENCE_MS)
+        page.wait_for_timeout(3000)  # the graph is laid out after it is there
+        page.screenshot(path=ARTIFACTS / "airflow-graph.png")
+
+
+@needs_browser
+def test_the_connection_form_knows_milvus(platform: Platform, demo_output: str) -> None:
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1440, "height": 1000})
+        page.goto(f"{platform.airflow_url}/connections")
+        page.get_by_role("button", name="Add Connection").first.click(timeout=PATIENCE_MS)
+        form = page.get_by_role("dialog").filter(has_text="Connection Type")
+        kind = form.get_by_role("combobox").first
+        kind.focus()
+        kind.press_sequentially("Milvus", delay=50)
+        expect(page.get_by_role("option", name="Milvus")).to_be_visible(timeout=PATIENCE_MS)
+        kind.press("Enter")
+        expect(form.get_by_text("Password or API key")).to_be_visible(timeout=PATIENCE_MS)
+        page.screenshot(path=ARTIFACTS / "airflow-milvus-connection.png")
+
+
+@needs_browser
+def test_the_dashboard_shows_the_run(platform: Platform, demo_output: str) -> None:
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1440, "height": 1400})
+        page.goto(platform.dashboard_url)
+        expect(page.get_by_role("heading", name="Overview")).to_be_visible(timeout=PATIENCE_MS)
+        expect(page.get_by_text("Messages in MongoDB")).to_be_visible(timeout=PATIENCE_MS)
+        expect(page.get_by_role("heading", name="The last run")).to_be_visible(timeout=PATIENCE_MS)
+        expect(page.get_by_text(str(platform.messages()), exact=True).first).to_be_visible()
+        page.wait_for_timeout(3000)  # charts are drawn after the text
+        page.screenshot(path=ARTIFACTS / "platform-dashboard.png")

