@@ -63,15 +63,12 @@ def settings(store_stack: Stack, tmp_path: Path) -> Settings:
 
 def empty_settings(store_stack: Stack, tmp_path: Path) -> Settings:
     """Empty the stores, and name folders of the test's own."""
-    env = {name.lower(): value for name, value in store_stack.config.platform_env.items()}
-    own = {
-        "sqlite_path": tmp_path / "analytics.db",
-        "staging_uri": str(tmp_path / "staging"),
-        "inbox_uri": str(tmp_path / "inbox"),
-        "catalog_path": PROJECT / "include" / "catalog",
-        "store_timeout_s": 10,
-    }
-    settings = Settings(_env_file=None, **{**env, **own})
+    settings = store_stack.config.settings(
+        sqlite_path=tmp_path / "analytics.db",
+        staging_uri=str(tmp_path / "staging"),
+        inbox_uri=str(tmp_path / "inbox"),
+        store_timeout_s=10,
+    )
     _empty_stores(settings)
     return settings
 

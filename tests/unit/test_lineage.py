@@ -49,9 +49,14 @@ def work(staging: Staging, stage: str, *, shard: int = 0, attempt: int = 1, **co
 
 def fail(staging: Staging, stage: str, error: BaseException, **where: int) -> None:
     """A task that fails."""
-    with pytest.raises(type(error)), reported(staging, RUN, stage, **where) as report:
-        report.rows_in = 7
-        raise error
+
+    def task() -> None:
+        with reported(staging, RUN, stage, **where) as report:
+            report.rows_in = 7
+            raise error
+
+    with pytest.raises(type(error)):
+        task()
 
 
 def report_of(staging: Staging, stage: str, shard: int = 0) -> StageReport:

@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from personalization.stores.milvus import GRPC_OPTIONS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,6 +35,7 @@ def arguments(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
         text = connection if isinstance(connection, str) else json.dumps({"conn_type": "milvus"} | connection)
         monkeypatch.setenv(f"AIRFLOW_CONN_{conn_id.upper()}", text)
         given: dict[str, Any] = module.MilvusHook(conn_id).get_conn()
+        assert given.pop("grpc_options") == GRPC_OPTIONS
         return given
 
     return arguments

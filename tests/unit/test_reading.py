@@ -9,10 +9,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 from personalization.errors import InputError
+from personalization.pipeline.ingest import SourceFile
 from personalization.pipeline.reading import Row, check_readable, file_digest, read_rows
 from personalization.schemas import Message
 from upath import UPath
@@ -372,13 +374,37 @@ def without_permissions(path: UPath) -> Iterator[None]:
         path.chmod(0o600)
 
 
-def test_a_file_without_permission_is_refused(tmp_path: Path):
-    path = put(tmp_path, b"[]")
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that others may enter, which pytest's are not."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
+
+
+def test_a_file_without_permission_is_refused(open_folder: Path):
+    path = put(open_folder, b"[]")
 
     with without_permissions(path), pytest.raises(InputError) as refused:
         list(read_rows(path))
 
     assert str(refused.value) == f"{path}: row 1: cannot be read (Permission denied)"
+
+
+@pytest.mark.xfail(strict=True, raises=PermissionError, reason="bug: the digest's own error comes through")
+def test_a_file_without_permission_is_refused_before_any_is_taken(open_folder: Path):
+    path = put(open_folder, b"[]")
+
+    with without_permissions(path), pytest.raises(InputError, match="Permission denied"):
+        SourceFile.of(path)
+
+
+@pytest.mark.xfail(strict=True, reason="bug: the file system's own error comes through")
+@pytest.mark.parametrize("uri", ["nosuch://bucket/in.json", "abfs://bucket/in.json"])
+def test_a_place_that_no_installed_file_system_reads_is_refused(uri: str):
+    with pytest.raises(InputError, match=uri):
+        check_readable(UPath(uri))
 
 
 def test_a_good_file_passes_the_check(tmp_path: Path):

@@ -11,7 +11,7 @@ from dotenv import dotenv_values
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from personalization.settings import STACK_ENV_FILE
+from personalization.settings import STACK_ENV_FILE, Settings
 
 HOST = "127.0.0.1"
 
@@ -89,6 +89,10 @@ class StackConfig(BaseSettings):
             "NEO4J_PASSWORD": self.secrets["neo4j"],
             "REDIS_URL": f"redis://:{self.secrets['redis']}@{HOST}:{self.redis_port}/0",
         }
+
+    def settings(self, **changes: object) -> Settings:
+        """The platform's settings for this stack, whatever the environment says."""
+        return Settings.model_validate({name.lower(): value for name, value in self.platform_env.items()} | changes)
 
     def write_env_file(self) -> None:
         """Keep the settings where `Settings` finds them, so that any process of the project sees this stack."""

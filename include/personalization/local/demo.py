@@ -15,7 +15,6 @@ from personalization.errors import LocalStackError, PersonalizationError
 from personalization.local.config import HOST, StackConfig
 from personalization.local.stack import Stack
 from personalization.pipeline.reading import check_readable, read_rows
-from personalization.settings import Settings
 from personalization.stores.analytics import AnalyticsStore
 
 DAG_ID = "personalization_pipeline"
@@ -155,8 +154,7 @@ def _telling_users(config: StackConfig, source: UPath) -> list[str]:
     for row in islice(read_rows(source), _ROWS_LOOKED_AT):
         if isinstance(row.value, dict):
             said[str(row.value.get("user_id"))] += 1
-    settings = Settings.model_validate({name.lower(): value for name, value in config.platform_env.items()})
-    analytics = AnalyticsStore.from_settings(settings)
+    analytics = AnalyticsStore.from_settings(config.settings())
     expressed: Counter[str] = Counter()
     for intent in analytics.expressed_intents(list(said)):
         expressed[intent.user_id] += intent.count

@@ -160,12 +160,9 @@ def _neo4j(config: StackConfig) -> Service:
     ]
 
     def answers() -> None:
-        from personalization.settings import Settings
         from personalization.stores.neo4j import GraphStore
 
-        settings = Settings.model_validate(
-            {name.lower(): value for name, value in config.platform_env.items()} | {"store_timeout_s": _PROBE_TIMEOUT_S}
-        )
+        settings = config.settings(store_timeout_s=_PROBE_TIMEOUT_S)
         with closing(GraphStore.from_settings(settings).driver) as driver:
             driver.verify_connectivity()
 

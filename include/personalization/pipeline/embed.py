@@ -35,7 +35,7 @@ class Encoder:
         self.dtype = _best_dtype(torch, self.device)
         try:
             self._model: Any = SentenceTransformer(
-                _model_location(model_name), device=self.device, model_kwargs={"dtype": self.dtype}
+                model_location(model_name), device=self.device, model_kwargs={"dtype": self.dtype}
             )
         except (OSError, ValueError) as error:
             raise EmbeddingError(
@@ -142,7 +142,7 @@ def _as_column(vectors: Vectors) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
 
 
-def _model_location(model_name: str) -> str:
+def model_location(model_name: str) -> str:
     """A hub name or folder as it is; `package:NAME` is the folder `model` that the Python package carries."""
     if not model_name.startswith(_PACKAGE_PREFIX):
         return model_name

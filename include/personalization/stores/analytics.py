@@ -332,7 +332,9 @@ class AnalyticsStore:
         with analytics_errors(), Session(self.engine) as session, session.begin():
             session.merge(state)
 
-    def _of_users(self, query: Select[*tuple[Any, ...]], column: Any, user_ids: Sequence[str]) -> Iterator[dict[str, Any]]:
+    def _of_users(
+        self, query: Select[*tuple[Any, ...]], column: Any, user_ids: Sequence[str]
+    ) -> Iterator[dict[str, Any]]:
         for chunk in _chunks(user_ids):
             yield from self._fetch(query.where(column.in_(chunk)))
 
