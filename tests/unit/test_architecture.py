@@ -168,7 +168,7 @@ def test_the_tasks_of_airflow_load_no_driver_when_the_dag_is_parsed():
 
 
 def test_the_mongodb_server_of_the_embedded_stack_is_never_imported():
-    """It is started as a process: its licence and its Python API stay on the other side of a socket."""
+    """It is started as a process, which MongoDB itself may replace."""
     places = [PROJECT / one for one in ("include", "services", "dashboards", "dags", "plugins", "tests")]
 
     assert breaches([one for one in imports(*places) if "secantus" in one.module.lower()]) == []
