@@ -67,6 +67,8 @@ class Message(BaseModel):
         if not isinstance(value, str):
             raise ValueError("must be an ISO 8601 string such as 2026-01-31T09:00:00Z")
         try:
+            if len(value) <= len("2026-01-31"):
+                raise ValueError("a day without a time")
             moment = datetime.fromisoformat(value)
             moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
         except (ValueError, OverflowError):
@@ -117,10 +119,17 @@ class Campaign(BaseModel):
     id: CatalogId
     name: str = Field(min_length=1)
     description: str = ""
-    category: str = "general"
+    category: str = Field(default="general", min_length=1, max_length=64)
     intents: list[CatalogId] = Field(min_length=1)
     active_from: date | None = None
     active_until: date | None = None
+
+    @field_validator("intents")
+    @classmethod
+    def _intents_are_different(cls, intents: list[str]) -> list[str]:
+        if len(set(intents)) < len(intents):
+            raise ValueError("an intent is named twice")
+        return intents
 
     @model_validator(mode="after")
     def _window_is_ordered(self) -> Self:

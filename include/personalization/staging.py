@@ -88,7 +88,8 @@ def write_atomically(path: UPath, content: bytes) -> None:
 
 
 def _folder_name(run_id: str) -> str:
-    return "".join(char if char.isalnum() or char in "-_.+" else "_" for char in run_id)
+    name = "".join(char if char.isalnum() or char in "-_.+" else "_" for char in run_id)
+    return name if name.strip(".") else name.replace(".", "_")
 
 
 def _newest_mtime(folder: UPath) -> float:

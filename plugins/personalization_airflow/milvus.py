@@ -29,10 +29,11 @@ class MilvusHook(BaseHook):
         """Connect; raises `MilvusException` where the server does not answer in time."""
         connection = self.get_connection(self.milvus_conn_id)
         extra = connection.extra_dejson
-        scheme = "https" if extra.get("secure") else "http"
+        # A connection given as a URI has text here.
+        scheme = "https" if str(extra.get("secure")).lower() in ("true", "1") else "http"
         login, password = connection.login or "", connection.password or ""
         return MilvusClient(
-            uri=f"{scheme}://{connection.host}:{connection.port or DEFAULT_PORT}",
+            uri=f"{scheme}://{connection.host or 'localhost'}:{connection.port or DEFAULT_PORT}",
             token=f"{login}:{password}" if login else password,
             db_name=connection.schema or "",
             timeout=float(extra.get("timeout") or 10),

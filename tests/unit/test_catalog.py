@@ -113,11 +113,11 @@ def test_a_bad_entry_is_refused_by_place_and_reason(tmp_path: Path, old: str, ne
     with pytest.raises(CatalogError) as refused:
         load_catalog(tmp_path)
 
-    assert str(refused.value).startswith(f"{tmp_path}: {place}: ")
+    assert str(refused.value).startswith(str(tmp_path))
+    assert f": {place}: " in str(refused.value)
     assert reason in str(refused.value)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: YAML's own ValueError comes through", raises=ValueError)
 @pytest.mark.parametrize("day", ["2027-31-01", "2027-02-29"])
 def test_a_day_no_calendar_has_is_refused_by_file(tmp_path: Path, day: str):
     write(tmp_path, intents=INTENTS, campaigns=CAMPAIGNS.replace("2027-01-01", day))
@@ -126,7 +126,6 @@ def test_a_day_no_calendar_has_is_refused_by_file(tmp_path: Path, day: str):
         load_catalog(tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the folder is named, the place is counted over all files")
 def test_a_bad_entry_is_refused_by_its_file(tmp_path: Path):
     write(tmp_path, intents=INTENTS, campaigns=CAMPAIGNS.replace("id: film_night", "id: Film Night"))
 
@@ -138,7 +137,7 @@ def test_several_bad_entries_are_named_at_once(tmp_path: Path):
     write(tmp_path, intents=INTENTS.replace("name: Films", "name: ''"))
     write(tmp_path, campaigns=CAMPAIGNS.replace("name: City breaks", "name: ''"))
 
-    with pytest.raises(CatalogError, match=r"intents\.1\.name: .+; campaigns\.0\.name: "):
+    with pytest.raises(CatalogError, match=r"campaigns\.0\.name: .+; .+intents\.1\.name: "):
         load_catalog(tmp_path)
 
 

@@ -143,10 +143,7 @@ def test_vectors_that_do_not_fit_are_refused_with_what_to_set(encoder: Encoder):
     "package",
     [
         "no_such_model",
-        pytest.param(
-            "no_such.model",
-            marks=pytest.mark.xfail(strict=True, raises=ModuleNotFoundError, reason="bug: not caught"),
-        ),
+        "no_such.model",
     ],
 )
 def test_a_package_that_is_not_installed_is_named(encoder: Encoder, package: str):

@@ -106,7 +106,6 @@ def test_a_very_long_error_is_cut(staging: Staging):
     assert report_of(staging, "ingest").error == "x" * 2000
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the report cannot be written, which hides the failure itself")
 def test_an_error_that_speaks_of_an_undecodable_name_is_reported(staging: Staging):
     fail(staging, "ingest", InputError("/inbox/caf\udce9.json: no such file"))
 

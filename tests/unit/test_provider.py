@@ -131,10 +131,9 @@ def test_the_client_gets_what_the_connection_says(arguments: Any, connection: di
             "milvus://milvus?secure=true",
             {"uri": "https://milvus:19530", "token": "", "db_name": "", "timeout": 10.0},
         ),
-        pytest.param(
+        (
             "milvus://milvus?secure=false",
             {"uri": "http://milvus:19530", "token": "", "db_name": "", "timeout": 10.0},
-            marks=pytest.mark.xfail(strict=True, reason="bug: the text `false` turns TLS on"),
         ),
     ],
 )

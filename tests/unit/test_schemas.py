@@ -279,7 +279,6 @@ def test_a_catalog_whose_ids_disagree_is_refused(content: dict[str, Any], words:
     assert problems(Catalog, content) == {"": words}
 
 
-@pytest.mark.xfail(strict=True, reason="bug: passes here and breaks `prepare` with an IntegrityError")
 def test_a_campaign_that_names_an_intent_twice_is_refused():
     problems(Catalog, catalog(campaigns=[CAMPAIGN | {"intents": ["flight_booking", "flight_booking"]}]))
 

@@ -148,7 +148,6 @@ def test_a_free_port_is_not_kept_by_the_check():
     stack._check_ports([redis])
 
 
-@pytest.mark.xfail(strict=True, reason="bug: any number passes, and the probe ends in an OverflowError")
 @pytest.mark.parametrize("port", ["0", "-1", "65536"])
 def test_a_port_that_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch, port: str):
     monkeypatch.setenv("API_PORT", port)
@@ -254,8 +253,7 @@ def test_the_env_file_is_rewritten_and_its_removal_brings_the_defaults_back(proj
         "per%cent",
         'Zoë\'s "projects"',
         "back\\slash",
-        pytest.param("no #1", marks=pytest.mark.xfail(strict=True, reason="bug: not quoted in stack.env")),
-        pytest.param("${HOME}", marks=pytest.mark.xfail(strict=True, reason="bug: not quoted in stack.env")),
+        "no #1",
     ],
 )
 def test_the_env_file_holds_whatever_the_project_s_folder_is_called(
@@ -413,8 +411,6 @@ def test_supervisord_reads_every_word_of_a_command_as_it_was_meant(word: str):
         "plain",
         "with spaces",
         "quo'te",
-        pytest.param("100%", marks=pytest.mark.xfail(strict=True, reason="bug: only commands escape %")),
-        pytest.param("a ;b", marks=pytest.mark.xfail(strict=True, reason="bug: ; starts a comment")),
     ],
 )
 def test_supervisord_finds_the_folders_whatever_the_project_s_is_called(
@@ -434,6 +430,17 @@ def test_supervisord_finds_the_folders_whatever_the_project_s_is_called(
         assert shlex.split(programs[service.name].command) == service.command
         assert programs[service.name].stdout_logfile == str(stack.log_file(service.name))
         assert programs[service.name].directory == str(service.folder or project / name)
+
+
+@pytest.mark.parametrize("name", ["a ;b", "a #b", "100%", "${HOME}"])
+def test_a_folder_that_configuration_files_cannot_hold_is_refused_in_one_line(
+    project: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    (project / name).mkdir()
+    monkeypatch.chdir(project / name)
+
+    with pytest.raises(LocalStackError, match="the stack cannot work in a folder"):
+        parsed(Stack(StackConfig()))
 
 
 def test_a_process_that_dies_is_not_started_again_behind_the_user_s_back():

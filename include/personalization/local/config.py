@@ -5,7 +5,7 @@ import os
 import secrets
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from dotenv import dotenv_values
 from pydantic import Field
@@ -15,19 +15,21 @@ from personalization.settings import STACK_ENV_FILE, Settings
 
 HOST = "127.0.0.1"
 
+Port = Annotated[int, Field(ge=1, le=65535)]
+
 
 class StackConfig(BaseSettings):
     """Ports and folders of the embedded stack. Every server binds to loopback."""
 
     model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True)
 
-    mongodb_port: int = 27017
-    milvus_port: int = 19530
-    neo4j_port: int = 7687
-    redis_port: int = 6379
-    airflow_port: int = 8080
-    api_port: int = 8000
-    dashboard_port: int = 8501
+    mongodb_port: Port = 27017
+    milvus_port: Port = 19530
+    neo4j_port: Port = 7687
+    redis_port: Port = 6379
+    airflow_port: Port = 8080
+    api_port: Port = 8000
+    dashboard_port: Port = 8501
     local_milvus: Literal["lite", "standalone"] = Field(
         default="lite",
         description="`standalone`: the genuine Milvus of the PyPI package `milvus`, where installed.",
@@ -97,7 +99,7 @@ class StackConfig(BaseSettings):
     def write_env_file(self) -> None:
         """Keep the settings where `Settings` finds them, so that any process of the project sees this stack."""
         lines = ["# Written by the embedded stack, removed when it stops."]
-        lines += [f"{name}={value}" for name, value in self.platform_env.items()]
+        lines += [f"{name}={_quoted(value)}" for name, value in self.platform_env.items()]
         write_private(self.env_file, "\n".join(lines) + "\n")
 
     @property
@@ -159,6 +161,12 @@ class StackConfig(BaseSettings):
                 }
             ),
         }
+
+
+def _quoted(value: str) -> str:
+    """As `python-dotenv` reads it back to the letter: single-quoted, nothing expanded."""
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def write_private(file: Path, content: str) -> None:

@@ -33,6 +33,7 @@ EMBEDDING_POOL = "embedding"
 _UP_TIMEOUT_S = 180
 _LOG_LINES = 15
 _CONF = "supervisord.conf"
+_SIGNS_OF_CONFIGURATION = (" ;", " #", "%", "${")  # comments and expansions, which cannot be quoted
 
 
 @dataclass(frozen=True)
@@ -193,10 +194,17 @@ class Stack:
         _wait_for(lambda: self._supervisor() is not None, 30, f"supervisord did not start; see {self.config.logs}")
 
     def _supervisor_conf(self) -> str:
+        for sign in _SIGNS_OF_CONFIGURATION:
+            if sign in f"{self.config.root}{self.config.project}":
+                raise LocalStackError(
+                    f"{self.config.project}: the stack cannot work in a folder with {sign!r} in its name; move it"
+                )
+
         def program(service: Service) -> str:
             command = shlex.join(service.command).replace("%", "%%")
             return (
-                f"[program:{service.name}]\ncommand={command}\ndirectory={service.folder or self.config.project}\n"
+                f"[program:{service.name}]\ncommand={command}\n"
+                f"directory={service.folder or self.config.project}\n"
                 f"stdout_logfile={self.log_file(service.name)}\nredirect_stderr=true\n"
                 f"stdout_logfile_maxbytes=10MB\nstdout_logfile_backups=2\n"
                 # A crash shall be seen, not papered over: `make status` names it, `make demo` starts it again.

@@ -9,10 +9,13 @@ from pydantic import ValidationError
 
 from personalization.errors import CatalogError
 from personalization.pipeline.lineage import StageReport
-from personalization.schemas import Catalog
+from personalization.schemas import Campaign, Catalog, Intent
 from personalization.stores.analytics import AnalyticsStore
 from personalization.stores.milvus import VectorSpace, VectorStore
 from personalization.stores.neo4j import GraphStore
+
+_KINDS: dict[str, type[Intent] | type[Campaign]] = {"intents": Intent, "campaigns": Campaign}
+_PROBLEMS_SHOWN = 5
 
 
 def load_catalog(folder: Path) -> Catalog:
@@ -24,25 +27,42 @@ def load_catalog(folder: Path) -> Catalog:
     files = sorted(folder.glob("*.yaml")) if folder.is_dir() else []
     if not files:
         raise CatalogError(f"{folder}: holds no *.yaml file; name the folder with the campaign catalog")
-    content: dict[str, list[Any]] = {"intents": [], "campaigns": []}
+    entries: dict[str, list[Any]] = {kind: [] for kind in _KINDS}
+    problems: list[str] = []
     for file in files:
+        for kind, found in _read_file(file).items():
+            for place, entry in enumerate(found):
+                try:
+                    entries[kind].append(_KINDS[kind].model_validate(entry))
+                except ValidationError as error:
+                    problems += [f"{file}: {problem}" for problem in _explain(error, f"{kind}.{place}")]
+    if not problems:
         try:
-            part = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-            raise CatalogError(f"{file}: is not readable YAML: {error}") from error
-        if not isinstance(part, dict) or not set(part) <= set(content):
-            raise CatalogError(f"{file}: must hold lists named `intents` or `campaigns`, nothing else")
-        for key, entries in part.items():
-            if not isinstance(entries, list):
-                raise CatalogError(f"{file}: `{key}` must be a list")
-            content[key] += entries
+            return Catalog.model_validate(entries)
+        except ValidationError as error:
+            problems = [f"{folder}: {problem}" for problem in _explain(error, "")]
+    raise CatalogError("; ".join(problems[:_PROBLEMS_SHOWN]))
+
+
+def _read_file(file: Path) -> dict[str, list[Any]]:
     try:
-        return Catalog.model_validate(content)
-    except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, problem['loc'])) or 'catalog'}: {problem['msg']}" for problem in error.errors()[:5]
-        )
-        raise CatalogError(f"{folder}: {problems}") from error
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, ValueError, OSError) as error:  # ValueError: not UTF-8, or a day no calendar has
+        raise CatalogError(f"{file}: is not readable YAML: {error}") from error
+    if not isinstance(content, dict) or not set(content) <= set(_KINDS):
+        raise CatalogError(f"{file}: must hold lists named `intents` or `campaigns`, nothing else")
+    for kind, found in content.items():
+        if not isinstance(found, list):
+            raise CatalogError(f"{file}: `{kind}` must be a list")
+    return content
+
+
+def _explain(error: ValidationError, place: str) -> list[str]:
+    return [
+        f"{'.'.join(filter(None, [place, *map(str, problem['loc'])])) or 'catalog'}: "
+        f"{problem['msg'].removeprefix('Value error, ')}"
+        for problem in error.errors()
+    ]
 
 
 def catalog_version(catalog: Catalog) -> str:

@@ -147,7 +147,10 @@ def model_location(model_name: str) -> str:
     if not model_name.startswith(_PACKAGE_PREFIX):
         return model_name
     package = model_name.removeprefix(_PACKAGE_PREFIX)
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except ModuleNotFoundError:
+        spec = None
     if spec is None or spec.origin is None:
         raise EmbeddingError(f"EMBEDDING_MODEL names the Python package {package!r}, which is not installed")
     return str(Path(spec.origin).parent / "model")

@@ -26,4 +26,4 @@ def build_graph(report: StageReport, user_page: Ref, *, analytics: AnalyticsStor
         edges["expressed_count"] += sum(row.count for row in expressed)
         edges["engaged"] += len(engaged)
         report.rows_out += len(some)
-    report.details = edges
+    report.totals = edges

@@ -18,7 +18,7 @@ from upath import UPath
 
 from personalization.errors import RejectRatioExceededError
 from personalization.pipeline.lineage import StageReport
-from personalization.pipeline.reading import Row, check_readable, file_digest, read_rows
+from personalization.pipeline.reading import Row, check_readable, file_digest, locate, read_rows
 from personalization.schemas import Message, Ref
 from personalization.settings import Settings
 from personalization.staging import Staging
@@ -57,7 +57,7 @@ def select_files(input_path: str | None, *, inbox_uri: str, mongo: MongoStore) -
     Files that are still being written are expected under a name that starts with a dot.
     """
     if input_path:
-        return [UPath(input_path)]
+        return [locate(input_path)]
     inbox = UPath(inbox_uri).absolute()
     if not inbox.exists():
         return []

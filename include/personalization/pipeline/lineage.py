@@ -1,7 +1,7 @@
 """What happened in a run: a report by every task while it works, a row by stage at the end."""
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -51,6 +51,9 @@ class StageReport(BaseModel):
     error_type: str | None = None
     error: str | None = None
     details: dict[str, Any] = Field(default_factory=dict)
+    """Facts of the task; a stage of several shards shows its first's."""
+    totals: dict[str, int] = Field(default_factory=dict)
+    """Counts beyond the common ones, which add up over shards."""
 
 
 @contextmanager
@@ -68,7 +71,8 @@ def reported(staging: Staging, run_id: str, stage: str, *, shard: int = 0, attem
         report.status = "failed"
         report.error_type = type(error).__name__
         known = isinstance(error, PersonalizationError)
-        report.error = (str(error) if known else f"{type(error).__name__}: {error}")[:_MAX_ERROR_CHARS]
+        message = str(error) if known else f"{type(error).__name__}: {error}"
+        report.error = message.encode(errors="backslashreplace").decode()[:_MAX_ERROR_CHARS]
         raise
     else:
         report.status = "success"
@@ -127,8 +131,15 @@ def _stage_row(
         "seconds": sum(report.seconds for report in reports),
         "error_type": error_type,
         "error": error,
-        "details": broken.details if broken else reports[0].details if reports else {},
+        "details": _details(broken or reports[0], reports) if reports else {},
     }
+
+
+def _details(shown: StageReport, reports: list[StageReport]) -> dict[str, Any]:
+    totals: Counter[str] = Counter()
+    for report in reports:
+        totals.update(report.totals)
+    return {**shown.details, **totals}
 
 
 def _save(staging: Staging, report: StageReport) -> None:

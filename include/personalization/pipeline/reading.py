@@ -17,6 +17,7 @@ MAX_ROW_BYTES = 64 * 2**20
 _CHUNK = 2**16
 _DECODER = json.JSONDecoder()
 _LINES_BEFORE_GIVING_UP = 1000
+_BEHIND_A_NUMBER = tuple(" \t\r\n,]")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,14 @@ class Row:
     problem: str | None = None
 
 
+def locate(place: str) -> UPath:
+    """The file at a local path or URI. Raises an `InputError` for a kind of place nothing here reads."""
+    try:
+        return UPath(place)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"{place}: cannot be read ({error})") from error
+
+
 def check_readable(path: UPath) -> None:
     """Raise an `InputError` that says why `path` cannot be read, if so."""
     try:
@@ -39,8 +48,11 @@ def check_readable(path: UPath) -> None:
             raise InputError(f"{path}: is a directory; name a file")
         if path.stat().st_size == 0:
             raise InputError(f"{path}: is empty")
+        path.open("rb").close()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ImportError, ValueError) as error:  # no package for this kind of place, or no such kind
+        raise InputError(f"{path}: cannot be read ({error})") from error
 
 
 def file_digest(path: UPath) -> str:
@@ -82,7 +94,10 @@ def _first_bytes(stream: IO[bytes], path: UPath) -> bytes:
         raise InputError(f"{path}: is UTF-16; save it as UTF-8")
     start = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
     body = head[start:].lstrip()
-    if not body and len(head) < _CHUNK:
+    while not body and head:
+        head = stream.read(_CHUNK)
+        body = head.lstrip()
+    if not body:
         raise InputError(f"{path}: holds nothing but white space")
     stream.seek(start)
     return body[:1]
@@ -105,9 +120,10 @@ class _Window:
             return False
         data = self._stream.read(self._chunk)
         self.ended = not data
-        self.text = self.text[self.at :] + self._decode(data, final=self.ended)
+        left_over = self.text[self.at :]
+        self.text = left_over + self._decode(data, final=self.ended)
         self.at = 0
-        self._chunk = max(_CHUNK, len(self.text))
+        self._chunk = max(_CHUNK, len(left_over))  # doubles while one row does not fit
         return True
 
     def peek(self) -> str:
@@ -156,8 +172,8 @@ def _next_value(window: _Window, path: UPath, number: int) -> tuple[str, Any]:
             continue
         except (RecursionError, ValueError):
             _refuse(path, number, "is nested too deeply or holds a number with too many digits")
-        if end == len(window.text) and window.grow():
-            continue  # a number may go on in the next chunk
+        if isinstance(value, int | float) and window.text[end : end + 1] not in _BEHIND_A_NUMBER and window.grow():
+            continue  # it may go on in the next chunk
         raw, window.at = window.text[window.at : end], end
         return _printable(raw), value
 

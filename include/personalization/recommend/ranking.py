@@ -32,7 +32,8 @@ def rank(evidence: Evidence) -> list[Ranked]:
 
     Every source is scaled by its largest value, so that none drowns another by its unit.
     """
-    return _ranked(evidence, {"own_intents": _own(evidence), "similar_users": _similar(evidence)})
+    ranked = _ranked(evidence, {"own_intents": _own(evidence), "similar_users": _similar(evidence)})
+    return [one for one in ranked if one.shares]  # a share can round to nothing
 
 
 def rank_popular(evidence: Evidence) -> list[Ranked]:
@@ -65,7 +66,7 @@ def _own(evidence: Evidence) -> dict[str, float]:
     scores: dict[str, float] = defaultdict(float)
     for row in evidence.own_intents:
         recency = 0.5 ** ((newest - row["last_seen"]) / _HALF_LIFE_MS)
-        scores[row["campaign_id"]] += math.log1p(row["count"]) * row["confidence"] * recency
+        scores[row["campaign_id"]] += math.log1p(row["count"]) * max(row["confidence"], 0.0) * recency
     return scores
 
 
