@@ -10,6 +10,7 @@ from personalization.local.stack import Stack
 from personalization.pipeline.run import run_pipeline
 from personalization.settings import Settings, get_settings
 from pydantic import SecretStr
+from pymilvus import MilvusClient
 from redis import Redis
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
@@ -121,6 +122,16 @@ async def test_a_user_is_never_their_own_neighbour(api: httpx.AsyncClient) -> No
     assert len(neighbours) == 47
     assert "maria" not in {one["user_id"] for one in neighbours}
     assert neighbours == sorted(neighbours, key=lambda one: -one["similarity"])
+
+
+async def test_vectors_are_loaded_again_after_milvus_has_let_go_of_them(
+    api: httpx.AsyncClient, published: Settings
+) -> None:
+    milvus = MilvusClient(uri=published.milvus_uri)
+    milvus.release_collection("users")
+    milvus.close()
+
+    assert (await ask(api, "maria"))["strategy"] == "personalized"
 
 
 @pytest.mark.parametrize(

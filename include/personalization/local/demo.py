@@ -135,7 +135,10 @@ def _failure(config: StackConfig, run_id: str, tasks: list[dict[str, Any]]) -> s
 def _show_recommendations(config: StackConfig, source: UPath, console: Console) -> None:
     with httpx.Client(base_url=f"http://{HOST}:{config.api_port}", timeout=30, trust_env=False) as api:
         for user_id in _telling_users(config, source):
-            answer = api.get(f"/recommendations/{user_id}", params={"top": 3}).raise_for_status().json()
+            response = api.get(f"/recommendations/{user_id}", params={"top": 3})
+            if response.is_error:
+                raise LocalStackError(f"the API answered {response.text}; see {config.logs / 'api.log'}")
+            answer = response.json()
             console.print(f"\n[bold]{escape(user_id)}[/] [dim]({answer['strategy']})[/]")
             for place, one in enumerate(answer["recommendations"], start=1):
                 console.print(f"  {place}. [bold cyan]{escape(one['name'])}[/]  {one['score']:.2f}")

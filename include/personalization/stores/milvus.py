@@ -27,6 +27,7 @@ GRPC_OPTIONS = {"grpc.keepalive_time_ms": 300_000, "grpc.keepalive_permit_withou
 _MAX_ID_BYTES = 512  # 128 characters of up to 4 bytes
 _WRITE_ROWS = 1000  # 4 MB of 1024-d vectors: well under gRPC's 64 MB
 _READ_ROWS = 1000
+_NOT_LOADED = 101  # Milvus' error code
 
 
 class Neighbour(TypedDict):
@@ -96,6 +97,7 @@ class VectorStore:
                 self._check_alias(alias, name)
                 if not self.client.has_collection(name):
                     self._create_collection(name, space, scalar, with_user=alias == MESSAGES)
+                self.client.load_collection(name)
                 if not self.client.list_aliases(name).get("aliases"):
                     self.client.create_alias(collection_name=name, alias=alias)
 
@@ -149,7 +151,6 @@ class VectorStore:
         index = self.client.prepare_index_params()
         index.add_index("embedding", index_type="HNSW", metric_type="COSINE", params={"M": 16, "efConstruction": 200})
         self.client.create_collection(name, schema=schema, index_params=index)
-        self.client.load_collection(name)
 
 
 class AsyncVectorReader:
@@ -171,15 +172,26 @@ class AsyncVectorReader:
         """
         with milvus_errors():
             client = self._client()
-            own = await client.get(USERS, ids=[user_id], output_fields=["embedding"])
-            if not own or limit == 0:
-                return []
-            hits = await client.search(
-                USERS,
-                data=[own[0]["embedding"]],
-                limit=limit + 1,
-                search_params={"metric_type": "COSINE", "params": {"ef": max(64, limit + 1)}},
-            )
+            try:
+                return await self._neighbours(client, user_id, limit)
+            except MilvusException as error:
+                if error.code != _NOT_LOADED:
+                    raise
+                # Milvus Lite forgets in a restart what was loaded.
+                await client.load_collection(USERS)
+                return await self._neighbours(client, user_id, limit)
+
+    @staticmethod
+    async def _neighbours(client: AsyncMilvusClient, user_id: str, limit: int) -> list[Neighbour]:
+        own = await client.get(USERS, ids=[user_id], output_fields=["embedding"])
+        if not own or limit == 0:
+            return []
+        hits = await client.search(
+            USERS,
+            data=[own[0]["embedding"]],
+            limit=limit + 1,
+            search_params={"metric_type": "COSINE", "params": {"ef": max(64, limit + 1)}},
+        )
         others = (Neighbour(user_id=hit["id"], similarity=float(hit["distance"])) for hit in hits[0])
         return [one for one in others if one["user_id"] != user_id][:limit]
 
