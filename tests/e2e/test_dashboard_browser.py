@@ -1,7 +1,6 @@
 """The dashboard as a person sees it: served as documented, opened in a browser."""
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -12,25 +11,15 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
+from browser import ARTIFACTS, chromium, needs_browser
 from dashboard_data import seed
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 ROOT = Path(__file__).parents[2]
-ARTIFACTS = ROOT / "test-artifacts"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-CHROMIUM_ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 PAGES = ["Overview", "Runs", "Latency", "Anomalies", "Engagement"]
 PATIENCE_MS = 60_000
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on the PATH")
+pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +54,12 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGUMENTS)
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_each_page_shows_its_heading_and_a_chart_without_console_errors(dashboard: str, browser: Browser, scheme: str):
-    ARTIFACTS.mkdir(exist_ok=True)
     page = browser.new_page(viewport={"width": 1360, "height": 1600}, color_scheme=scheme, timezone_id="Europe/Zurich")
     problems: list[str] = []
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
