@@ -81,12 +81,12 @@ def personalization_pipeline() -> None:
     user_pages = task(tasks.detect_intents, **EVEN_IF_NOTHING_NEW)(embedded, utterances)
     graph = task(tasks.build_graph, **MAPPED).expand(user_page=user_pages)
     engagement = task(tasks.roll_up_engagement)(user_pages)
-    profiles = task(tasks.refresh_profiles, **EVEN_IF_NOTHING_NEW)(user_pages)
+    profiles = task(tasks.refresh_profiles, **EVEN_IF_NOTHING_NEW)()
     published = task(tasks.publish, **EVEN_IF_NOTHING_NEW)(user_pages)
     lineage = task(tasks.record_lineage)().as_teardown(on_failure_fail_dagrun=True)
 
     prepared >> [utterances, embedded]
-    upserted >> profiles
+    [user_pages, upserted] >> profiles
     # A teardown's success would make the run green; `complete` is green only where `publish` is.
     complete = EmptyOperator(task_id="complete")
     [graph, engagement, profiles] >> published >> [complete, lineage]

@@ -116,7 +116,7 @@ def roll_up_engagement(user_pages: list[Ref]) -> None:
         engagement.roll_up_engagement(s.report, user_pages, analytics=analytics)
 
 
-def refresh_profiles(user_pages: list[Ref]) -> None:
+def refresh_profiles() -> None:
     """Set the users' vectors from those of their messages."""
     from personalization.pipeline import vectors
 
@@ -124,9 +124,7 @@ def refresh_profiles(user_pages: list[Ref]) -> None:
     from personalization_airflow.stores import analytics_store, vector_store
 
     with stage("refresh_profiles") as s, analytics_store(s.settings) as analytics, vector_store() as store:
-        vectors.refresh_profiles(
-            s.report, user_pages, space=s.space, analytics=analytics, vectors=store, settings=s.settings
-        )
+        vectors.refresh_profiles(s.report, space=s.space, analytics=analytics, vectors=store, settings=s.settings)
 
 
 def publish(user_pages: list[Ref]) -> None:

@@ -63,11 +63,12 @@ def detect_intents(
     if built and built.intents_version != intents_version:
         log.info("the catalog's intents changed: classifying every stored message again")
         for known in analytics.all_messages(settings.shard_rows):
-            _keep(report, analytics, run_id, _with_vectors(known, space, vectors), classifier)
+            _keep(report, analytics, _with_vectors(known, space, vectors), classifier)
     for shard in shards:
         table = read(shard)
         messages = table.select(["id", "user_id", "timestamp"]).to_pylist()
-        _keep(report, analytics, run_id, (messages, embeddings_of(table)), classifier)
+        of_run = [{**message, "run_id": run_id} for message in messages]
+        _keep(report, analytics, (of_run, embeddings_of(table)), classifier)
 
     catalog_changed = built is None or built.catalog_version != catalog_version(catalog)
     pages = analytics.users(None if catalog_changed else run_id, settings.shard_rows)
@@ -79,7 +80,6 @@ def detect_intents(
 def _keep(
     report: StageReport,
     analytics: AnalyticsStore,
-    run_id: str,
     batch: tuple[list[dict[str, Any]], Vectors],
     classifier: NearestUtterance,
 ) -> None:
@@ -93,7 +93,7 @@ def _keep(
             "user_id": message["user_id"],
             "timestamp": message["timestamp"],
             "confidence": cosine,
-            "run_id": run_id,
+            "run_id": message["run_id"],
         }
         for message, (intent_id, cosine) in zip(messages, classifier.classify(matrix), strict=True)
     ]

@@ -112,7 +112,7 @@ def _run_stages(
     with stage("roll_up_engagement") as report:
         roll_up_engagement(report, pages, analytics=analytics)
     with stage("refresh_profiles") as report:
-        refresh_profiles(report, pages, space=space, analytics=analytics, vectors=vectors, settings=settings)
+        refresh_profiles(report, space=space, analytics=analytics, vectors=vectors, settings=settings)
     with stage("publish") as report:
         publish(
             report,

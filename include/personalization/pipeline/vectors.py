@@ -28,26 +28,23 @@ def upsert_vectors(report: StageReport, shard: Ref, *, space: VectorSpace, vecto
 
 def refresh_profiles(
     report: StageReport,
-    user_pages: list[Ref],
     *,
     space: VectorSpace,
     analytics: AnalyticsStore,
     vectors: VectorStore,
     settings: Settings,
 ) -> None:
-    """Set the vectors of the users whose messages the run touched.
+    """Set the vectors of the users whose messages the run embedded; an edit of the catalog moves none.
 
     A user's vector is the L2-normalised sum of their newest messages' vectors, each weighted by
     2^(-age / half-life), age counted from the user's newest message: so a repeat changes nothing.
     Reads each of those vectors once, 1,000 a round trip.
     """
-    for page in user_pages:
-        user_ids = read(page).column("user_id").to_pylist()
+    for user_ids in analytics.users(report.run_id, _USERS_AT_ONCE):
         report.rows_in += len(user_ids)
-        for start in range(0, len(user_ids), _USERS_AT_ONCE):
-            rows = _profiles(user_ids[start : start + _USERS_AT_ONCE], space, analytics, vectors, settings)
-            vectors.upsert(space.collection(USERS), rows)
-            report.rows_out += len(rows)
+        rows = _profiles(user_ids, space, analytics, vectors, settings)
+        vectors.upsert(space.collection(USERS), rows)
+        report.rows_out += len(rows)
 
 
 def _profiles(

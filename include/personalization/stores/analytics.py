@@ -20,6 +20,7 @@ from sqlalchemy import (
     Index,
     Select,
     String,
+    case,
     create_engine,
     delete,
     event,
@@ -102,6 +103,7 @@ class MessageIntent(Base):
     confidence: Mapped[float]
     """Cosine to the nearest example utterance."""
     run_id: Mapped[str] = mapped_column(String(250))
+    """The run that embedded the message."""
 
 
 class CampaignRecord(Base):
@@ -229,8 +231,13 @@ class AnalyticsStore:
             last = page[-1]["user_id"]
 
     def all_messages(self, per_page: int) -> Iterator[list[dict[str, Any]]]:
-        """Yield `{id, user_id, timestamp}` of every message, by id, a page at a time."""
-        columns = (MessageIntent.message_id.label("id"), MessageIntent.user_id, MessageIntent.timestamp)
+        """Yield `{id, user_id, timestamp, run_id}` of every message, by id, a page at a time."""
+        columns = (
+            MessageIntent.message_id.label("id"),
+            MessageIntent.user_id,
+            MessageIntent.timestamp,
+            MessageIntent.run_id,
+        )
         query = select(*columns).distinct().order_by(MessageIntent.message_id).limit(per_page)
         last = ""
         while page := self._fetch(query.where(MessageIntent.message_id > last)):
@@ -314,8 +321,8 @@ class AnalyticsStore:
 
     def count_users_without_intent(self) -> int:
         """Users who have messages but expressed no intent: they have no relationship in the graph."""
-        told = select(MessageIntent.user_id).where(MessageIntent.intent_id != OTHER_INTENT)
-        silent = select(MessageIntent.user_id).distinct().where(MessageIntent.user_id.not_in(told)).subquery()
+        expressed = func.max(case((MessageIntent.intent_id != OTHER_INTENT, 1), else_=0))
+        silent = select(MessageIntent.user_id).group_by(MessageIntent.user_id).having(expressed == 0).subquery()
         with analytics_errors(), self.engine.connect() as connection:
             return connection.execute(select(func.count()).select_from(silent)).scalar_one()
 
