@@ -29,6 +29,7 @@ DEFAULT_ARGS = {
     "execution_timeout": timedelta(minutes=30),
 }
 EMBEDDING = {"pool": "embedding", "execution_timeout": timedelta(hours=2)}
+WHOLE_FILES = {"execution_timeout": timedelta(hours=6)}
 MAPPED = {"max_active_tis_per_dagrun": 4}
 EVEN_IF_NOTHING_NEW = {"trigger_rule": TriggerRule.NONE_FAILED}
 
@@ -73,7 +74,7 @@ PARAMS = {
 )
 def personalization_pipeline() -> None:
     prepared = task(tasks.prepare)()
-    shards = task(tasks.ingest)("{{ params.input_path or '' }}")
+    shards = task(tasks.ingest, **WHOLE_FILES)("{{ params.input_path or '' }}")
     utterances = task(tasks.embed_catalog, **EMBEDDING)()
 
     embedded = task(tasks.embed, **EMBEDDING, **MAPPED).expand(shard=shards)
@@ -89,7 +90,10 @@ def personalization_pipeline() -> None:
     [user_pages, upserted] >> profiles
     # A teardown's success would make the run green; `complete` is green only where `publish` is.
     complete = EmptyOperator(task_id="complete")
-    [graph, engagement, profiles] >> published >> [complete, lineage]
+    [graph, engagement, profiles] >> published >> complete
+    # Behind every task, so that it waits for those that still run when another has failed.
+    stages = [prepared, shards, utterances, embedded, upserted, user_pages, graph, engagement, profiles, published]
+    stages >> lineage
 
 
 personalization_pipeline()

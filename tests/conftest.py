@@ -69,11 +69,12 @@ def empty_settings(store_stack: Stack, tmp_path: Path) -> Settings:
         inbox_uri=str(tmp_path / "inbox"),
         store_timeout_s=10,
     )
-    _empty_stores(settings)
+    empty_stores(settings)
     return settings
 
 
-def _empty_stores(settings: Settings) -> None:
+def empty_stores(settings: Settings) -> None:
+    """Leave nothing in any of the four."""
     with MongoClient(settings.mongodb_uri.get_secret_value()) as mongo:
         mongo.drop_database(settings.mongodb_database)
     milvus = MilvusClient(uri=settings.milvus_uri)

@@ -3,7 +3,7 @@
 import hashlib
 import re
 import uuid
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from typing import Annotated, Any, Literal, Self, TypedDict
 
 from pydantic import (
@@ -19,7 +19,7 @@ from pydantic import (
 
 # Ids are literals in Milvus expressions, path segments and cache keys: no quote, backslash, slash,
 # white space or control character may be in one.
-_IDENTIFIER = re.compile(r"[\w.:@+=|~-]{1,128}")
+_IDENTIFIER = re.compile(r"(?!\.+$)[\w.:@+=|~-]{1,128}")  # dots alone would be a path's
 
 
 def _identifier(value: str) -> str:
@@ -34,6 +34,7 @@ CatalogId = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{1,63}$")]
 OTHER_INTENT = "other"
 """What a message expresses when no intent of the catalog is near enough."""
 
+_CLOCK_SKEW = timedelta(days=1)
 _MESSAGE_NAMESPACE = uuid.UUID("6f2f3c1e-58a5-5d0f-9a53-0c6f1f6d2b7a")
 _FOREVER_MS = 253_402_300_799_999  # 9999-12-31, the end of an open active window
 
@@ -75,6 +76,8 @@ class Message(BaseModel):
             raise ValueError("is not an ISO 8601 date and time such as 2026-01-31T09:00:00Z") from None
         if moment.year < 1970:
             raise ValueError("is before 1970")
+        if moment > datetime.now(UTC) + _CLOCK_SKEW:
+            raise ValueError("is in the future")
         return moment
 
     @field_validator("message_id", mode="before")

@@ -17,6 +17,9 @@ from upath import UPath
 from personalization.errors import StagingError
 from personalization.schemas import Ref
 
+SHARED_FOLDER = "catalog"
+"""Staged files that outlive their run."""
+
 
 class Staging:
     """The staging folder of one run."""
@@ -44,14 +47,15 @@ class Staging:
         return Ref(uri=str(path), rows=rows, sha256=hashlib.sha256(content).hexdigest())
 
     def prune(self, older_than_days: int) -> int:
-        """Delete the folders of runs last written more than `older_than_days` ago; return how many."""
+        """Delete the folders of other runs last written more than `older_than_days` ago; return how many."""
         if not self.base.exists():
             return 0
+        kept = {self.root.name, SHARED_FOLDER}
         horizon = time.time() - older_than_days * 86_400
         stale = [
             folder
             for folder in self.base.iterdir()
-            if folder.is_dir() and folder != self.root and _newest_mtime(folder) < horizon
+            if folder.is_dir() and folder.name not in kept and _newest_mtime(folder) < horizon
         ]
         for folder in stale:
             folder.fs.rm(folder.path, recursive=True)

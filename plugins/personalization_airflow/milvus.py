@@ -1,5 +1,6 @@
 """Milvus by Airflow connection; no provider ships a hook."""
 
+from contextlib import closing
 from typing import Any
 
 from airflow.sdk import BaseHook
@@ -43,9 +44,8 @@ class MilvusHook(BaseHook):
     def test_connection(self) -> tuple[bool, str]:
         """For the UI's `Test` button."""
         try:
-            client = self.get_conn()
+            with closing(self.get_conn()) as client:
+                version = client.get_server_version()
         except Exception as error:  # noqa: BLE001 - the button shows whatever went wrong
             return False, str(error)
-        version = client.get_server_version()
-        client.close()
         return True, f"Connected to Milvus {version}"

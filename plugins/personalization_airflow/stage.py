@@ -6,13 +6,15 @@ from dataclasses import dataclass
 
 from airflow.sdk import get_current_context
 from airflow.sdk.exceptions import AirflowFailException
-from personalization.errors import CatalogError, EmbeddingError, InputError
+from personalization.errors import CatalogError, InputError
 from personalization.pipeline.catalog import load_catalog
 from personalization.pipeline.lineage import StageReport, reported
 from personalization.schemas import Catalog
 from personalization.settings import Settings, get_settings
-from personalization.staging import Staging
+from personalization.staging import Staging, write_atomically
 from personalization.stores.milvus import VectorSpace
+
+_CATALOG = "catalog.json"
 
 
 @dataclass(frozen=True)
@@ -28,17 +30,23 @@ class Stage:
         """The vector space of the run."""
         return VectorSpace(self.settings.embedding_model, self.settings.embedding_dim)
 
+    def take_catalog(self) -> Catalog:
+        """Read and check the catalog, and keep it for the other tasks of the run."""
+        catalog = load_catalog(self.settings.catalog_path)
+        write_atomically(self.staging.root / _CATALOG, catalog.model_dump_json().encode())
+        return catalog
+
     @property
     def catalog(self) -> Catalog:
-        """The catalog, read and checked."""
-        return load_catalog(self.settings.catalog_path)
+        """The catalog as `prepare` took it, whatever became of its files since."""
+        return Catalog.model_validate_json((self.staging.root / _CATALOG).read_bytes())
 
 
 @contextmanager
 def stage(name: str) -> Iterator[Stage]:
     """Run the block as stage `name` of the current DAG run, keeping its report.
 
-    What no retry can mend (bad input, a bad catalog, a model that does not fit) fails at once.
+    What no retry can mend (bad input, a bad catalog) fails at once.
     """
     context = get_current_context()
     instance = context["ti"]
@@ -48,7 +56,7 @@ def stage(name: str) -> Iterator[Stage]:
     try:
         with reported(staging, str(context["run_id"]), name, shard=shard, attempt=instance.try_number) as report:
             yield Stage(report, staging, settings)
-    except (InputError, CatalogError, EmbeddingError) as error:
+    except (InputError, CatalogError) as error:
         raise AirflowFailException(str(error)) from error
 
 

@@ -21,7 +21,15 @@ def prepare() -> None:
         graph_store(s.settings) as graph,
         analytics_store(s.settings) as analytics,
     ):
-        catalog.prepare(s.report, catalog=s.catalog, space=s.space, vectors=vectors, graph=graph, analytics=analytics)
+        catalog.prepare(
+            s.report,
+            catalog=s.take_catalog(),
+            space=s.space,
+            vectors=vectors,
+            graph=graph,
+            analytics=analytics,
+            settings=s.settings,
+        )
 
 
 def ingest(input_path: str) -> list[Ref]:
@@ -34,7 +42,13 @@ def ingest(input_path: str) -> list[Ref]:
     with stage("ingest") as s, mongo_store(s.settings) as mongo:
         files = ingest.select_files(input_path or None, inbox_uri=s.settings.inbox_uri, mongo=mongo)
         return ingest.ingest(
-            s.report, files=files, model=s.space.model, mongo=mongo, staging=s.staging, settings=s.settings
+            s.report,
+            files=files,
+            skip_bad_files=not input_path,
+            model=s.space.model,
+            mongo=mongo,
+            staging=s.staging,
+            settings=s.settings,
         )
 
 

@@ -2,19 +2,29 @@
 
 import gzip
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SAMPLE
+from conftest import SAMPLE, empty_stores, free_ports
 from neo4j import GraphDatabase
+from personalization.pipeline.ingest import ingest
+from personalization.pipeline.lineage import reported
 from personalization.pipeline.run import run_pipeline
 from personalization.settings import Settings
+from personalization.staging import Staging
+from personalization.stores.mongo import MongoStore
+from pydantic import SecretStr
 from pymilvus import MilvusClient
 from pymongo import MongoClient
 from redis import Redis
 from sqlalchemy import create_engine, text
+from upath import UPath
 
 
 class Stores:
@@ -300,3 +310,137 @@ def test_real_messages_with_broken_rows_among_them(
     assert stores.cypher("MATCH ()-[e:EXPRESSED]->() RETURN sum(e.count)") == detected["rows_out"]
     assert detected["rows_out"] + detected["skipped"] == 1980
     assert stores.sql("SELECT shards FROM pipeline_runs WHERE stage = 'embed'") == [(3,)]
+
+
+def ingest_as(settings: Settings, run_id: str, attempt: int, paths: list[Path]) -> Any:
+    """The task `ingest` alone, as attempt `attempt` of the run, over an inbox of `paths`."""
+    mongo = MongoStore.from_settings(settings)
+    with reported(Staging(settings.staging_uri, run_id), run_id, "ingest", attempt=attempt) as report:
+        ingest(
+            report,
+            files=[UPath(path) for path in paths],
+            skip_bad_files=True,
+            model=settings.embedding_model,
+            mongo=mongo,
+            staging=Staging(settings.staging_uri, run_id),
+            settings=settings,
+        )
+    mongo.client.close()
+    return report
+
+
+def test_files_of_one_run_that_overlap_stage_each_message_once(
+    settings: Settings, stores: Stores, tmp_path: Path
+) -> None:
+    first = write_rows(tmp_path / "a.ndjson", [row("one", message_id="m1"), row("two", message_id="m2")])
+    second = write_rows(tmp_path / "b.ndjson", [row("two", message_id="m2"), row("other", message_id="m1"), row("3")])
+
+    for attempt in (1, 2):
+        report = ingest_as(settings, "run", attempt, [first, second])
+
+        assert report.rows_out == 3
+        assert report.details["duplicates"] == 1
+        assert report.rejected == 1
+        assert stores.mongo.conversations.find_one({"_id": "m1"})["message"] == "one"
+
+
+def test_a_bad_file_of_the_inbox_does_not_keep_the_others_waiting(
+    settings: Settings, stores: Stores, tmp_path: Path
+) -> None:
+    cut_off = tmp_path / "a.json"
+    cut_off.write_text(json.dumps([row("kept", message_id="m1"), row("lost")])[:-20])
+    empty = tmp_path / "b.json"
+    empty.touch()
+    good = write_rows(tmp_path / "c.ndjson", [row(f"message {number}") for number in range(5)])
+
+    report = ingest_as(settings, "run", 1, [cut_off, empty, good])
+
+    assert report.rows_out == 6
+    assert {file["uri"] for file in report.details["files"]} == {str(cut_off), str(empty), str(good)}
+    refused = {one["file"]: one["reason"] for one in stores.mongo.quarantine.find({"row": 0})}
+    assert "row 2" in refused[str(cut_off)]
+    assert "is empty" in refused[str(empty)]
+
+
+def test_a_published_run_that_is_cleared_and_fails_halfway_loses_nothing(
+    settings: Settings, stores: Stores, tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "a.ndjson", [row("first", message_id="m1")])
+    ingest_as(settings, "run", 1, [path])
+    stores.mongo.runs.update_one({"_id": "run"}, {"$set": {"model": settings.embedding_model, "published_at": 1}})
+    write_rows(path, [row("first", message_id="m1"), row("second", message_id="m2")])
+
+    ingest_as(settings, "run", 2, [path])  # cleared, taken up again, and then killed before it is published
+    report = ingest_as(settings, "run", 3, [path])
+
+    assert report.rows_out == 2
+    assert report.details["resumed"] == 2
+
+
+def test_a_run_that_is_not_published_moves_neither_generation_nor_bookkeeping(
+    settings: Settings, stores: Stores, tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "a.ndjson", [row()])
+    [port] = free_ports(1)
+    down = settings.model_copy(update={"redis_url": SecretStr(f"redis://127.0.0.1:{port}/0")})
+    assert run_pipeline(path, down)["status"] == "failed"
+    assert stores.sql("SELECT * FROM serving_state") == []
+
+    healed = run_pipeline(path, settings)
+
+    assert stage(healed, "ingest")["details"]["resumed"] == 1
+    assert stores.redis.get("personalization:generation") == b"1"
+
+
+def test_a_catalog_that_failed_halfway_leaves_no_trace_after_the_next_run(
+    settings: Settings, stores: Stores, tmp_path: Path
+) -> None:
+    run_pipeline(SAMPLE, settings)
+    before = stores.snapshot()
+    catalog = tmp_path / "catalog"
+    catalog.mkdir()
+    (catalog / "all.yaml").write_text(
+        "intents: [{id: cinema, name: Cinema, examples: ['What is on at the cinema?']}]\n"
+        "campaigns: [{id: big_screen, name: Big screen, intents: [cinema]}]\n"
+    )
+    broken = run_pipeline(tmp_path / "missing.json", settings.model_copy(update={"catalog_path": catalog}))
+    assert broken["status"] == "failed"
+
+    run_pipeline(SAMPLE, settings)
+
+    after = stores.snapshot()
+    assert after.pop("generation") != before.pop("generation")
+    assert after == before
+
+
+@pytest.mark.parametrize("last_words", ["ingest success", "upsert_vectors success", "detect_intents success"])
+def test_a_run_that_is_killed_is_healed_by_the_next(
+    last_words: str, settings: Settings, stores: Stores, tmp_path: Path
+) -> None:
+    run_pipeline(SAMPLE, settings)
+    expected = stores.snapshot()
+    empty_stores(settings)
+    Path(settings.sqlite_path).unlink()
+    kill_after(last_words, settings)
+
+    summary = run_pipeline(SAMPLE, settings)
+
+    assert summary["status"] == "success", summary
+    healed = stores.snapshot()
+    assert healed.pop("generation") == expected.pop("generation")
+    assert healed == expected
+
+
+def kill_after(last_words: str, settings: Settings) -> None:
+    """Run the pipeline as a process of its own, and SIGKILL it when its log says `last_words`."""
+    env = {
+        name.upper(): value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+        for name, value in settings.model_dump(exclude_none=True).items()
+    }
+    command = [sys.executable, "-m", "personalization", "run", str(SAMPLE)]
+    with subprocess.Popen(command, env=os.environ | env, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if last_words in line:
+                process.kill()
+        assert process.wait() == -signal.SIGKILL

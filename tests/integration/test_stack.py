@@ -8,8 +8,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import stack_config
+from conftest import free_ports, stack_config
 from personalization.errors import LocalStackError
+from personalization.local.config import StackConfig
 from personalization.local.stack import Stack
 from pymongo import MongoClient
 
@@ -81,3 +82,8 @@ def test_a_taken_port_is_one_line_that_says_what_to_do(stack: Stack) -> None:
         with pytest.raises(LocalStackError, match=rf"port {stack.config.redis_port} for redis .* REDIS_PORT="):
             stack.start(print)
     assert not [one for one in stack.states() if one.running]
+
+    moved = Stack(StackConfig(**stack.config.model_dump() | {"redis_port": free_ports(1)[0]}), only_stores=True)
+    moved.start(print)
+    with pytest.raises(LocalStackError, match="make stop"):
+        stack.start(print)

@@ -1,5 +1,6 @@
 """What the embedded stack consists of: ports, folders, secrets, and the environment they make up."""
 
+import hashlib
 import json
 import os
 import secrets
@@ -108,6 +109,12 @@ class StackConfig(BaseSettings):
         return {**os.environ, **self.platform_env, **self._airflow_env}
 
     @property
+    def env_digest(self) -> str:
+        """Changes with anything the stack's processes are told by their environment."""
+        own = json.dumps({**self.platform_env, **self._airflow_env}, sort_keys=True)
+        return hashlib.blake2b(own.encode(), digest_size=8).hexdigest()
+
+    @property
     def _airflow_env(self) -> dict[str, str]:
         home = self.root / "airflow"
         address = f"http://{HOST}:{self.airflow_port}"
@@ -118,6 +125,7 @@ class StackConfig(BaseSettings):
             "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
             "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
             "AIRFLOW__CORE__PARALLELISM": "4",
+            "AIRFLOW__CORE__MAX_MAP_LENGTH": "100000",
             "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{address}/execution/",
             # The UI is on loopback and has one user: whoever sits at this machine.
             "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
@@ -171,7 +179,7 @@ def _quoted(value: str) -> str:
 
 def write_private(file: Path, content: str) -> None:
     """Write a file that only its owner can read; it appears whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     aside = file.with_name(f".{file.name}")
     aside.touch(mode=0o600)
     aside.write_text(content, encoding="utf-8")

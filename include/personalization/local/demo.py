@@ -1,12 +1,15 @@
 """The demo: trigger the DAG as any client of Airflow would, watch it, and show what came of it."""
 
 import time
-from collections import Counter, defaultdict
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import httpx
+from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from upath import UPath
@@ -15,6 +18,7 @@ from personalization.errors import LocalStackError, PersonalizationError
 from personalization.local.config import HOST, StackConfig
 from personalization.local.stack import Stack
 from personalization.pipeline.reading import check_readable, read_rows
+from personalization.schemas import Message
 from personalization.stores.analytics import AnalyticsStore
 
 DAG_ID = "personalization_pipeline"
@@ -22,6 +26,7 @@ SAMPLE = Path("include/data/sample_conversations.json")
 
 _PARSED_TIMEOUT_S = 120
 _POLL_S = 1.0
+_PAGE = 100
 _USERS_SHOWN = 3
 _ROWS_LOOKED_AT = 2000
 _ENDED_WELL = {"success", "skipped"}
@@ -93,8 +98,7 @@ def _follow(airflow: httpx.Client, stack: Stack, run_id: str, console: Console) 
         while True:
             stack.check_alive()
             run = airflow.get(f"/dags/{DAG_ID}/dagRuns/{run_id}").raise_for_status().json()
-            url = f"/dags/{DAG_ID}/dagRuns/{run_id}/taskInstances"
-            tasks = airflow.get(url, params={"limit": 1000}).raise_for_status().json()["task_instances"]
+            tasks = list(_tasks(airflow, run_id))
             for task in sorted(tasks, key=lambda one: one["end_date"] or ""):
                 key = (task["task_id"], task["map_index"])
                 if task["state"] in _MARKS and key not in seen:
@@ -106,6 +110,17 @@ def _follow(airflow: httpx.Client, stack: Stack, run_id: str, console: Console) 
             time.sleep(_POLL_S)
     if run["state"] == "failed":
         raise DagFailedError(_failure(stack.config, run_id, tasks))
+
+
+def _tasks(airflow: httpx.Client, run_id: str) -> Iterator[dict[str, Any]]:
+    url = f"/dags/{DAG_ID}/dagRuns/{run_id}/taskInstances"
+    offset = 0
+    while True:
+        page = airflow.get(url, params={"limit": _PAGE, "offset": offset}).raise_for_status().json()
+        yield from page["task_instances"]
+        offset += len(page["task_instances"])
+        if offset >= page["total_entries"] or not page["task_instances"]:
+            return
 
 
 def _line(task: dict[str, Any]) -> str:
@@ -153,13 +168,13 @@ def _show_recommendations(config: StackConfig, source: UPath, console: Console) 
 
 def _telling_users(config: StackConfig, source: UPath) -> list[str]:
     """Users of the file's beginning who expressed the most."""
-    said: dict[str, int] = defaultdict(int)
+    users: set[str] = set()
     for row in islice(read_rows(source), _ROWS_LOOKED_AT):
-        if isinstance(row.value, dict):
-            said[str(row.value.get("user_id"))] += 1
+        with suppress(ValidationError):
+            users.add(Message.model_validate(row.value).user_id)
     analytics = AnalyticsStore.from_settings(config.settings())
     expressed: Counter[str] = Counter()
-    for intent in analytics.expressed_intents(list(said)):
+    for intent in analytics.expressed_intents(sorted(users)):
         expressed[intent.user_id] += intent.count
     analytics.engine.dispose()
     return [user_id for user_id, _ in expressed.most_common(_USERS_SHOWN)]

@@ -186,6 +186,7 @@ def _redis(config: StackConfig) -> Service:
 
 def write_server_files(config: StackConfig) -> None:
     """Files that servers read their secrets from, so that no process list shows one."""
+    config.root.mkdir(parents=True, exist_ok=True, mode=0o700)
     for folder in (config.logs, config.data / "redis", config.data / "neo4j", config.root / "inbox"):
         folder.mkdir(parents=True, exist_ok=True)
     write_private(

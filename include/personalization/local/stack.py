@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,15 +64,16 @@ class Stack:
     def __init__(self, config: StackConfig, *, only_stores: bool = False) -> None:
         self.config = config
         self._stores = store_services(config)
-        self._rest = [] if only_stores else [*airflow_services(config), *app_services(config)]
+        self._others = [*airflow_services(config), *app_services(config)]
+        self._only_stores = only_stores
         # A Unix socket's path may hold about 100 characters, a project's folder any number.
         digest = hashlib.blake2b(str(config.root).encode(), digest_size=6).hexdigest()
         self._socket = Path(tempfile.gettempdir()) / f"personalization-{os.getuid()}-{digest}.sock"
 
     @property
     def services(self) -> list[Service]:
-        """Every process of the stack, in starting order."""
-        return [*self._stores, *self._rest]
+        """Every process that is wanted, in starting order."""
+        return self._stores if self._only_stores else [*self._stores, *self._others]
 
     def start(self, say: Callable[[str], None]) -> None:
         """Bring up what is not running and wait until everything answers.
@@ -80,16 +81,16 @@ class Stack:
         Raises:
             LocalStackError: a port is taken, a piece is missing, or a process died; says what to do.
         """
-        write_server_files(self.config)
-        self._start_supervisor()
         running = {state.name for state in self.states() if state.running}
         self._check_ports([service for service in self.services if service.name not in running])
+        write_server_files(self.config)
+        self._start_supervisor(anything_running=bool(running))
         self._launch(self._stores, running, say)
-        if self._rest:
+        if not self._only_stores:
             if "airflow" not in running:
                 say("airflow: preparing its database")
                 self._migrate_airflow()
-            self._launch(self._rest, running, say)
+            self._launch(self._others, running, say)
             self._ensure_pool()
         self.config.write_env_file()
 
@@ -98,11 +99,14 @@ class Stack:
         supervisor = self._supervisor()
         if supervisor is None:
             return False
+        self._stop_supervisor(supervisor)
+        self.config.env_file.unlink(missing_ok=True)
+        return True
+
+    def _stop_supervisor(self, supervisor: Any) -> None:
         pid = supervisor.getPID()
         supervisor.shutdown()
         _wait_for(lambda: not _alive(pid), 90, "the supervisor did not stop")
-        self.config.env_file.unlink(missing_ok=True)
-        return True
 
     def reset(self) -> None:
         """Stop, and delete all data of the stack."""
@@ -130,30 +134,31 @@ class Stack:
         """The log of one service."""
         return self.config.logs / f"{name}.log"
 
-    def check_alive(self) -> None:
-        """Raise a `LocalStackError` naming the log of the first process that ended by itself."""
+    def check_alive(self, names: Collection[str] | None = None) -> None:
+        """Raise a `LocalStackError` naming the log of the first process (of those named) that ended by itself."""
         for state in self.states():
-            if state.crashed:
+            if state.crashed and (names is None or state.name in names):
                 tail = "\n".join(state.log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
                 raise LocalStackError(f"{state.name} died ({state.description}). Its log {state.log} ends:\n{tail}")
 
     def _launch(self, services: Sequence[Service], running: set[str], say: Callable[[str], None]) -> None:
         started = time.monotonic()
+        names = {service.name for service in services}
         for service in services:
             if service.name not in running:
                 self._call("startProcess", service.name, False)
         for service in services:
             if service.answers is not None:
-                self._wait_until_it_answers(service.name, service.answers)
+                self._wait_until_it_answers(service.name, service.answers, names)
                 where = f"on {HOST}:{service.port}"
                 how = "already running" if service.name in running else f"up after {time.monotonic() - started:.0f} s"
                 say(f"{service.name}: {how} {where}")
 
-    def _wait_until_it_answers(self, name: str, answers: Callable[[], object]) -> None:
+    def _wait_until_it_answers(self, name: str, answers: Callable[[], object], started: Collection[str]) -> None:
         deadline = time.monotonic() + _UP_TIMEOUT_S
         last: Exception | None = None
         while time.monotonic() < deadline:
-            self.check_alive()
+            self.check_alive(started)
             try:
                 answers()
             except Exception as error:  # noqa: BLE001 - whatever the driver raises: not up yet, kept as the reason
@@ -178,19 +183,27 @@ class Stack:
                         f"or choose another port: make demo {service.port_setting}={service.port + 1}"
                     ) from None
 
-    def _start_supervisor(self) -> None:
-        if self._supervisor() is not None:
-            return
+    def _start_supervisor(self, *, anything_running: bool) -> None:
         conf = self.config.root / _CONF
-        write_private(conf, self._supervisor_conf())
-        subprocess.run(
+        wanted = self._supervisor_conf()
+        supervisor = self._supervisor()
+        if supervisor is not None:
+            if conf.read_text(encoding="utf-8") == wanted:
+                return
+            if anything_running:
+                raise LocalStackError("the stack is up with other ports or settings; run `make stop` first")
+            self._stop_supervisor(supervisor)
+        write_private(conf, wanted)
+        started = subprocess.run(
             [sys.executable, "-m", "supervisor.supervisord", "-c", str(conf)],
             env=self.config.process_env,
             cwd=self.config.project,
-            check=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            check=False,
+            capture_output=True,
+            text=True,
         )
+        if started.returncode:
+            raise LocalStackError(f"supervisord did not start: {started.stderr.strip() or started.stdout.strip()}")
         _wait_for(lambda: self._supervisor() is not None, 30, f"supervisord did not start; see {self.config.logs}")
 
     def _supervisor_conf(self) -> str:
@@ -213,13 +226,14 @@ class Stack:
             )
 
         head = (
+            f"; environment {self.config.env_digest}\n"
             f"[supervisord]\nlogfile={self.config.logs / 'supervisord.log'}\n"
             f"pidfile={self.config.root / 'supervisord.pid'}\nchildlogdir={self.config.logs}\n"
             f"[unix_http_server]\nfile={self._socket}\nchmod=0700\n"
             "[rpcinterface:supervisor]\n"
             "supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface\n"
         )
-        return head + "".join(program(service) for service in self.services)
+        return head + "".join(program(service) for service in [*self._stores, *self._others])
 
     def _supervisor(self) -> Any | None:
         """supervisord's RPC interface, or None while it is down."""

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from personalization.errors import CatalogError
 from personalization.pipeline.lineage import StageReport
 from personalization.schemas import Campaign, Catalog, Intent
+from personalization.settings import Settings
 from personalization.stores.analytics import AnalyticsStore
 from personalization.stores.milvus import VectorSpace, VectorStore
 from personalization.stores.neo4j import GraphStore
@@ -70,6 +71,11 @@ def catalog_version(catalog: Catalog) -> str:
     return hashlib.blake2b(catalog.model_dump_json().encode(), digest_size=8).hexdigest()
 
 
+def intents_version(catalog: Catalog, settings: Settings) -> str:
+    """Digest of what decides a message's intent."""
+    return f"{catalog.intents_version}:{settings.intent_threshold}"
+
+
 def prepare(
     report: StageReport,
     *,
@@ -78,11 +84,14 @@ def prepare(
     vectors: VectorStore,
     graph: GraphStore,
     analytics: AnalyticsStore,
+    settings: Settings,
 ) -> None:
     """Make the stores ready for the run and bring the catalog into them. Safe to repeat."""
     vectors.ensure_schema(space)
     graph.ensure_schema()
     analytics.ensure_schema()
+    # From here on what is served is of no one catalog, until `publish` says so.
+    analytics.expect_versions(catalog_version(catalog), intents_version(catalog, settings))
     graph.sync_catalog(catalog)
     analytics.sync_catalog(catalog)
     report.rows_in = report.rows_out = len(catalog.intents) + len(catalog.campaigns)

@@ -14,7 +14,7 @@ from personalization.errors import EmbeddingError
 from personalization.pipeline.lineage import StageReport
 from personalization.schemas import Catalog, Ref
 from personalization.settings import Settings
-from personalization.staging import Staging, read
+from personalization.staging import SHARED_FOLDER, Staging, read
 
 Vectors = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 
@@ -80,8 +80,8 @@ class Encoder:
             done = start + len(part)
             log.info(f"{done:,} of {len(unique):,} texts embedded, {done / (time.perf_counter() - started):,.0f}/s")
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        if not np.all(norms > 0):
-            raise EmbeddingError("the model made a vector of length zero, which has no direction")
+        if not np.all(np.isfinite(norms) & (norms > 0)):
+            raise EmbeddingError("the model made a vector without a direction: of length zero, or not a number")
         vectors /= norms
         return vectors[inverse]
 
@@ -120,7 +120,7 @@ def embed_catalog(report: StageReport, *, catalog: Catalog, staging: Staging, se
     name = f"{catalog.intents_version}-{_file_name(settings.embedding_model)}-{settings.embedding_dim}.parquet"
     examples = [(intent.id, example) for intent in catalog.intents for example in intent.examples]
     report.rows_in = len(examples)
-    shared = Staging(str(staging.base), "catalog")
+    shared = Staging(str(staging.base), SHARED_FOLDER)
     if (known := shared.find(name)) is not None:
         report.skipped = len(examples)
         return known

@@ -5,10 +5,9 @@ embedding model. So a file taken again costs one look-up a batch, and a failed r
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -16,8 +15,8 @@ import structlog
 from pydantic import ValidationError
 from upath import UPath
 
-from personalization.errors import RejectRatioExceededError
-from personalization.pipeline.lineage import StageReport
+from personalization.errors import InputError, RejectRatioExceededError
+from personalization.pipeline.lineage import StageReport, forget_reports
 from personalization.pipeline.reading import Row, check_readable, file_digest, locate, read_rows
 from personalization.schemas import Message, Ref
 from personalization.settings import Settings
@@ -31,7 +30,9 @@ MESSAGE_SCHEMA = pa.schema(
 _BATCH_ROWS = 1000
 _PROGRESS_ROWS = 10_000
 _INBOX_SUFFIXES = (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz")
-_MAX_RAW_CHARS = 12 * 2**20  # a MongoDB document holds at most 16 MiB
+_MAX_RAW_BYTES = 12 * 2**20  # a MongoDB document holds at most 16 MiB
+_BATCH_CHARS = 16 * 2**20
+_REASONS_KEPT = 3
 
 log = structlog.get_logger(__name__)
 
@@ -42,13 +43,12 @@ class SourceFile:
 
     path: UPath
     sha256: str
-    fingerprint: str
 
     @classmethod
     def of(cls, path: UPath) -> "SourceFile":
         """Check that the file can be read, and digest it."""
         check_readable(path)
-        return cls(path, file_digest(path), _fingerprint(path))
+        return cls(path, file_digest(path))
 
 
 def select_files(input_path: str | None, *, inbox_uri: str, mongo: MongoStore) -> list[UPath]:
@@ -73,7 +73,8 @@ def select_files(input_path: str | None, *, inbox_uri: str, mongo: MongoStore) -
 def ingest(
     report: StageReport,
     *,
-    files: Iterable[UPath],
+    files: Sequence[UPath],
+    skip_bad_files: bool,
     model: str,
     mongo: MongoStore,
     staging: Staging,
@@ -82,34 +83,46 @@ def ingest(
     """Take the files and return the staged shards: `id, user_id, timestamp (epoch ms), text`.
 
     Per 1,000 rows: one look-up, and one bulk write where anything is new. Memory is bounded by the shard.
+    With `skip_bad_files`, a file that cannot be taken is quarantined as such and the others go on.
 
     Raises:
         InputError: a file cannot be taken, or not to its end; what came before is kept.
         RejectRatioExceededError: more than `max_reject_ratio` of the rows were quarantined.
         StoreError: MongoDB.
     """
+    forget_reports(staging, report.run_id)
     mongo.ensure_schema()
-    sources = [SourceFile.of(path) for path in files]
+    if files:
+        mongo.open_run(report.run_id)
     taker = _Taker(report, model, mongo, settings)
     shards = _ShardWriter(staging, settings.shard_rows)
-    facts = [{"uri": str(one.path), "sha256": one.sha256, "fingerprint": one.fingerprint} for one in sources]
-    report.details = {"files": facts}
-    if facts:
-        mongo.open_run(report.run_id, facts)
-    for source in sources:
-        rows = read_rows(source.path)
-        while batch := list(islice(rows, _BATCH_ROWS)):
-            shards.add(taker.take(source, batch))
-            if report.rows_in % _PROGRESS_ROWS == 0:
-                log.info(f"{source.path.name}: {report.rows_in:,} rows read, {report.rejected:,} rejected")
+    report.details["files"] = []
+    for path in files:
+        try:
+            _take_file(path, taker, shards, report)
+        except InputError as error:
+            if not skip_bad_files:
+                raise
+            taker.refuse_file(path, str(error))
     refs = shards.close()
     report.rows_out = sum(ref["rows"] for ref in refs)
     report.details |= dict(taker.outcomes)
     if report.rows_in and report.rejected / report.rows_in > settings.max_reject_ratio:
-        raise RejectRatioExceededError(_reject_summary(report, sources, taker.reasons, settings))
+        raise RejectRatioExceededError(_reject_summary(report, files, taker.reasons, settings))
+    if files:
+        mongo.record_files(report.run_id, report.details["files"])
     if not refs:
-        log.info("nothing new: no file to take" if not sources else "nothing new: every message is already processed")
+        log.info("nothing new: no file to take" if not files else "nothing new: every message is already processed")
     return refs
+
+
+def _take_file(path: UPath, taker: "_Taker", shards: "_ShardWriter", report: StageReport) -> None:
+    source = SourceFile.of(path)
+    report.details["files"].append({"uri": str(path), "sha256": source.sha256, "fingerprint": _fingerprint(path)})
+    for batch in _batches(read_rows(path)):
+        shards.add(taker.take(source, batch))
+        if report.rows_in % _PROGRESS_ROWS == 0:
+            log.info(f"{path.name}: {report.rows_in:,} rows read, {report.rejected:,} rejected")
 
 
 class _Taker:
@@ -123,7 +136,7 @@ class _Taker:
         self._published: dict[str, bool] = {}
         self.outcomes: Counter[str] = Counter(new=0, changed=0, unchanged=0, duplicates=0, resumed=0)
         self.reasons: dict[str, int] = {}
-        """The first row that was refused for each reason."""
+        """The first few reasons, each with the row it was first met in."""
 
     def take(self, source: SourceFile, rows: list[Row]) -> list[Message]:
         """Process one batch; return the messages that later stages have to work on."""
@@ -158,6 +171,16 @@ class _Taker:
         self._report.skipped = self.outcomes["unchanged"] + self.outcomes["duplicates"]
         return [message for _, message in to_do]
 
+    def refuse_file(self, path: UPath, problem: str) -> None:
+        """Quarantine what is wrong with a file as its row 0. It counts as taken until it is replaced."""
+        log.error(problem)
+        known = {file["uri"] for file in self._report.details["files"]}
+        fingerprint = _fingerprint(path)
+        if str(path) not in known:
+            self._report.details["files"].append({"uri": str(path), "sha256": None, "fingerprint": fingerprint})
+        self._report.rows_in += 1
+        self._quarantine(SourceFile(path, sha256=fingerprint), [(Row(0, raw=""), problem)])
+
     def _validate(self, row: Row) -> Message | str:
         if row.problem is not None:
             return row.problem
@@ -176,16 +199,16 @@ class _Taker:
         if stored is None:
             return "new"
         same_place = stored["source"] == _place(source, row)
+        taken_now = stored["run_id"] == self._report.run_id and stored["attempt"] == self._report.attempt
         same_file = stored["source"]["sha256"] == source.sha256
         if stored["user_id"] != message.user_id:
             return f"message_id: {message.message_id} already belongs to another user"
         if stored["content_hash"] != message.content_hash:
-            return "changed" if not same_file or same_place else _conflict(message, stored["source"]["row"])
+            met_before = taken_now or (same_file and not same_place)
+            return _conflict(message, stored["source"]["row"]) if met_before else "changed"
         if self._published[stored["run_id"]]:
             return "unchanged"
-        if stored["run_id"] == self._report.run_id and same_file and not same_place:
-            return "duplicates"
-        return "resumed"
+        return "duplicates" if taken_now else "resumed"
 
     def _learn_published(self, run_ids: Iterable[str]) -> None:
         if unknown := {run_id for run_id in run_ids if run_id not in self._published}:
@@ -200,13 +223,15 @@ class _Taker:
             "timestamp": message.timestamp,
             "content_hash": message.content_hash,
             "run_id": self._report.run_id,
+            "attempt": self._report.attempt,
             "source": _place(source, row),
         }
 
     def _quarantine(self, source: SourceFile, refused: list[tuple[Row, str]]) -> None:
         self._report.rejected += len(refused)
         for row, reason in refused:
-            self.reasons.setdefault(reason, row.number)
+            if len(self.reasons) < _REASONS_KEPT:
+                self.reasons.setdefault(reason, row.number)
         self._mongo.upsert_quarantine(
             [
                 {
@@ -214,7 +239,7 @@ class _Taker:
                     "file": str(source.path),
                     "row": row.number,
                     "reason": reason,
-                    "raw": row.raw[:_MAX_RAW_CHARS],
+                    "raw": _cut(row.raw),
                     "raw_chars": len(row.raw),
                     "run_id": self._report.run_id,
                     "quarantined_at": datetime.now(UTC),
@@ -255,6 +280,27 @@ class _ShardWriter:
         self._refs.append(self._staging.write(f"messages/{len(self._refs):06d}.parquet", table))
 
 
+def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """Up to 1,000 rows or 16 MiB at a time. What came before an error is handed out before the error."""
+    batch: list[Row] = []
+    chars = 0
+    try:
+        for row in rows:
+            batch.append(row)
+            chars += len(row.raw)
+            if len(batch) == _BATCH_ROWS or chars >= _BATCH_CHARS:
+                yield batch
+                batch, chars = [], 0
+    except InputError:
+        yield batch
+        raise
+    yield batch
+
+
+def _cut(raw: str) -> str:
+    return raw.encode()[:_MAX_RAW_BYTES].decode(errors="ignore")
+
+
 def _place(source: SourceFile, row: Row) -> dict[str, Any]:
     return {"uri": str(source.path), "sha256": source.sha256, "row": row.number}
 
@@ -274,9 +320,9 @@ def _fingerprint(path: UPath) -> str:
     return f"{path.name}:{facts.st_size}:{facts.st_mtime}"
 
 
-def _reject_summary(report: StageReport, sources: list[SourceFile], reasons: dict[str, int], settings: Settings) -> str:
-    examples = "; ".join(f"row {row}: {reason}" for reason, row in islice(reasons.items(), 3))
-    names = ", ".join(str(source.path) for source in sources)
+def _reject_summary(report: StageReport, files: Sequence[UPath], reasons: dict[str, int], settings: Settings) -> str:
+    examples = "; ".join(f"row {row}: {reason}" for reason, row in reasons.items())
+    names = ", ".join(map(str, files))
     return (
         f"{names}: {report.rejected:,} of {report.rows_in:,} rows were refused, more than max_reject_ratio "
         f"{settings.max_reject_ratio:g} allows. They are in the collection `quarantine`. First: {examples}"

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import structlog
 
-from personalization.pipeline.catalog import catalog_version
+from personalization.pipeline.catalog import catalog_version, intents_version
 from personalization.pipeline.embed import Vectors, embeddings_of
 from personalization.pipeline.lineage import StageReport
 from personalization.schemas import OTHER_INTENT, Catalog, Ref
@@ -59,10 +59,9 @@ def detect_intents(
     )
     run_id = report.run_id
     built = analytics.serving_state()
-    intents_version = f"{catalog.intents_version}:{settings.intent_threshold}"
-    if built and built.intents_version != intents_version:
-        log.info("the catalog's intents changed: classifying every stored message again")
+    if built is None or built.intents_version != intents_version(catalog, settings):
         for known in analytics.all_messages(settings.shard_rows):
+            log.info(f"the catalog's intents changed: classifying {len(known):,} stored messages again")
             _keep(report, analytics, _with_vectors(known, space, vectors), classifier)
     for shard in shards:
         table = read(shard)

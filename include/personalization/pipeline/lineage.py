@@ -86,6 +86,15 @@ def reported(staging: Staging, run_id: str, stage: str, *, shard: int = 0, attem
         )
 
 
+def forget_reports(staging: Staging, run_id: str) -> None:
+    """Drop what an earlier attempt of the run reported of the stages behind `ingest`, which start anew."""
+    folder = staging.root / _FOLDER
+    for stage in STAGES[STAGES.index("embed") :]:
+        for path in folder.glob(f"{stage}-*.json"):
+            log.info(f"{run_id}: {path.name} is of an earlier attempt")
+            path.unlink(missing_ok=True)
+
+
 def record_lineage(run_id: str, staging: Staging, analytics: AnalyticsStore) -> list[dict[str, Any]]:
     """Set the run's rows in `pipeline_runs` from its reports; return them in order of the stages."""
     reports: dict[str, list[StageReport]] = defaultdict(list)

@@ -2,7 +2,7 @@
 
 import structlog
 
-from personalization.pipeline.catalog import catalog_version
+from personalization.pipeline.catalog import catalog_version, intents_version
 from personalization.pipeline.lineage import StageReport
 from personalization.schemas import Catalog, Ref
 from personalization.settings import Settings
@@ -35,9 +35,7 @@ def publish(
     The last stage: whatever stopped before it leaves the messages to be taken again. Where nothing
     changed, the generation stays and cached answers stay good.
     """
-    intents_version = f"{catalog.intents_version}:{settings.intent_threshold}"
-    mongo.publish_run(report.run_id, space.model)
-    analytics.set_serving_state(catalog_version(catalog), intents_version, report.run_id)
+    graph.drop_what_left_the_catalog(catalog)
     changed_users = sum(page["rows"] for page in user_pages)
     report.rows_in = report.rows_out = changed_users
     report.details = {
@@ -49,5 +47,8 @@ def publish(
     }
     if user_pages:
         report.details["generation"] = cache.next_generation()
+    # Last, so that whatever fails above leaves the work to be taken up again.
+    analytics.set_serving_state(catalog_version(catalog), intents_version(catalog, settings), report.run_id)
+    mongo.publish_run(report.run_id, space.model)
     staging.prune(settings.staging_retention_days)
     log.info("nothing new to publish" if not user_pages else f"published: {report.details}")

@@ -1,6 +1,7 @@
 """Stream rows out of JSON arrays and NDJSON, plain or gzipped, in memory bounded by the largest row."""
 
 import codecs
+import errno
 import gzip
 import hashlib
 import json
@@ -17,6 +18,8 @@ MAX_ROW_BYTES = 64 * 2**20
 _CHUNK = 2**16
 _DECODER = json.JSONDecoder()
 _LINES_BEFORE_GIVING_UP = 1000
+_FINAL = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL)
+"""Errors that no retry mends; others, such as a network share's, are raised as they are."""
 _BEHIND_A_NUMBER = tuple(" \t\r\n,]")
 
 
@@ -50,6 +53,8 @@ def check_readable(path: UPath) -> None:
             raise InputError(f"{path}: is empty")
         path.open("rb").close()
     except OSError as error:
+        if error.errno not in _FINAL:
+            raise
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ImportError, ValueError) as error:  # no package for this kind of place, or no such kind
         raise InputError(f"{path}: cannot be read ({error})") from error
@@ -78,6 +83,8 @@ def read_rows(path: UPath) -> Iterator[Row]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path}: row {reached + 1}: the gzip stream is truncated or damaged ({error})") from error
     except OSError as error:
+        if error.errno not in _FINAL:
+            raise
         raise InputError(f"{path}: row {reached + 1}: cannot be read ({error.strerror or error})") from error
 
 

@@ -6,8 +6,6 @@ from datetime import UTC, datetime
 from os import PathLike
 from typing import Any, TypedDict
 
-from upath import UPath
-
 from personalization.errors import PersonalizationError
 from personalization.pipeline.catalog import load_catalog, prepare
 from personalization.pipeline.embed import embed, embed_catalog
@@ -17,6 +15,7 @@ from personalization.pipeline.ingest import ingest
 from personalization.pipeline.intents import detect_intents
 from personalization.pipeline.lineage import StageReport, record_lineage, reported
 from personalization.pipeline.publish import publish
+from personalization.pipeline.reading import locate
 from personalization.pipeline.vectors import refresh_profiles, upsert_vectors
 from personalization.settings import Settings, get_settings
 from personalization.staging import Staging
@@ -50,7 +49,7 @@ def run_pipeline(path: str | PathLike[str], settings: Settings | None = None) ->
         analytics = AnalyticsStore.from_settings(settings)
         stack.callback(analytics.engine.dispose)
         try:
-            _run_stages(run_id, UPath(path), settings, staging, analytics, stack)
+            _run_stages(run_id, str(path), settings, staging, analytics, stack)
         except PersonalizationError as error:
             summary["status"] = "failed"
             summary["error"] = str(error)
@@ -62,7 +61,7 @@ def run_pipeline(path: str | PathLike[str], settings: Settings | None = None) ->
 
 def _run_stages(
     run_id: str,
-    path: UPath,
+    path: str,
     settings: Settings,
     staging: Staging,
     analytics: AnalyticsStore,
@@ -82,9 +81,25 @@ def _run_stages(
         stack.enter_context(closing(graph.driver))
         cache = CachePublisher.from_settings(settings)
         stack.enter_context(closing(cache.client))
-        prepare(report, catalog=catalog, space=space, vectors=vectors, graph=graph, analytics=analytics)
+        prepare(
+            report,
+            catalog=catalog,
+            space=space,
+            vectors=vectors,
+            graph=graph,
+            analytics=analytics,
+            settings=settings,
+        )
     with stage("ingest") as report:
-        shards = ingest(report, files=[path], model=space.model, mongo=mongo, staging=staging, settings=settings)
+        shards = ingest(
+            report,
+            files=[locate(path)],
+            skip_bad_files=False,
+            model=space.model,
+            mongo=mongo,
+            staging=staging,
+            settings=settings,
+        )
     with stage("embed_catalog") as report:
         utterances = embed_catalog(report, catalog=catalog, staging=staging, settings=settings)
     embedded = []

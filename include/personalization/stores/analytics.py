@@ -331,6 +331,14 @@ class AnalyticsStore:
         with analytics_errors(), Session(self.engine) as session:
             return session.get(ServingState, _SERVING)
 
+    def expect_versions(self, catalog_version: str, intents_version: str) -> None:
+        """Forget those versions of what is served that differ from what is about to be built."""
+        with analytics_errors(), Session(self.engine) as session, session.begin():
+            state = session.get(ServingState, _SERVING)
+            if state is not None:
+                state.catalog_version = catalog_version if state.catalog_version == catalog_version else ""
+                state.intents_version = intents_version if state.intents_version == intents_version else ""
+
     def set_serving_state(self, catalog_version: str, intents_version: str, run_id: str) -> None:
         """Say what the published data were built from."""
         state = ServingState(

@@ -57,7 +57,7 @@ def milvus_errors() -> Iterator[None]:
     try:
         yield
     except MilvusException as error:
-        if "auth" in str(error).lower():
+        if "auth check" in str(error).lower() or "unauthenticated" in str(error).lower():
             hint = "check MILVUS_TOKEN or the connection milvus_default"
             raise StoreError("milvus", f"refused the credentials; {hint}") from error
         if error.code == 2 or "connect" in str(error).lower():
@@ -97,6 +97,8 @@ class VectorStore:
                 self._check_alias(alias, name)
                 if not self.client.has_collection(name):
                     self._create_collection(name, space, scalar, with_user=alias == MESSAGES)
+                if not self.client.list_indexes(name):  # killed between the two
+                    self._create_index(name)
                 self.client.load_collection(name)
                 if not self.client.list_aliases(name).get("aliases"):
                     self.client.create_alias(collection_name=name, alias=alias)
@@ -148,9 +150,12 @@ class VectorStore:
             schema.add_field("user_id", DataType.VARCHAR, max_length=_MAX_ID_BYTES)
         schema.add_field(scalar, DataType.INT64)
         schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=space.dim)
+        self.client.create_collection(name, schema=schema)
+
+    def _create_index(self, name: str) -> None:
         index = self.client.prepare_index_params()
         index.add_index("embedding", index_type="HNSW", metric_type="COSINE", params={"M": 16, "efConstruction": 200})
-        self.client.create_collection(name, schema=schema, index_params=index)
+        self.client.create_index(name, index)
 
 
 class AsyncVectorReader:
@@ -178,12 +183,12 @@ class AsyncVectorReader:
                 if error.code != _NOT_LOADED:
                     raise
                 # Milvus Lite forgets in a restart what was loaded.
-                await client.load_collection(USERS)
+                await client.load_collection(USERS, timeout=self._settings.store_timeout_s)
                 return await self._neighbours(client, user_id, limit)
 
-    @staticmethod
-    async def _neighbours(client: AsyncMilvusClient, user_id: str, limit: int) -> list[Neighbour]:
-        own = await client.get(USERS, ids=[user_id], output_fields=["embedding"])
+    async def _neighbours(self, client: AsyncMilvusClient, user_id: str, limit: int) -> list[Neighbour]:
+        timeout = self._settings.store_timeout_s
+        own = await client.get(USERS, ids=[user_id], output_fields=["embedding"], timeout=timeout)
         if not own or limit == 0:
             return []
         hits = await client.search(
@@ -191,6 +196,7 @@ class AsyncVectorReader:
             data=[own[0]["embedding"]],
             limit=limit + 1,
             search_params={"metric_type": "COSINE", "params": {"ef": max(64, limit + 1)}},
+            timeout=timeout,
         )
         others = (Neighbour(user_id=hit["id"], similarity=float(hit["distance"])) for hit in hits[0])
         return [one for one in others if one["user_id"] != user_id][:limit]

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, TypedDict
 
+from bson.errors import InvalidDocument
 from pymongo import MongoClient, ReplaceOne
 from pymongo.errors import ConfigurationError, OperationFailure, PyMongoError
 
@@ -21,6 +22,7 @@ class StoredMessage(TypedDict):
     user_id: str
     content_hash: str
     run_id: str
+    attempt: int
     source: Document
 
 
@@ -35,6 +37,8 @@ def mongo_errors() -> Iterator[None]:
         raise StoreError("mongodb", f"{problem}; check MONGODB_URI or the connection mongo_default") from error
     except ConfigurationError as error:
         raise StoreError("mongodb", "MONGODB_URI is not a valid connection string") from error
+    except InvalidDocument as error:
+        raise StoreError("mongodb", f"refused a document ({error})") from error
     except PyMongoError as error:
         raise StoreError("mongodb", f"does not answer ({type(error).__name__}); is it running?") from error
 
@@ -72,7 +76,7 @@ class MongoStore:
 
     def stored_messages(self, message_ids: Sequence[str]) -> dict[str, StoredMessage]:
         """Look up messages by id. One round trip; costs grow with `len(message_ids)`."""
-        fields = {"user_id": 1, "content_hash": 1, "run_id": 1, "source": 1}
+        fields = {"user_id": 1, "content_hash": 1, "run_id": 1, "attempt": 1, "source": 1}
         with mongo_errors():
             found = self.conversations.find({"_id": {"$in": list(message_ids)}}, fields)
             return {document["_id"]: document for document in found}  # type: ignore[misc]
@@ -85,8 +89,14 @@ class MongoStore:
         """Keep refused rows by `_id` (file digest and row), so that a rerun adds none."""
         self._replace_all(self.quarantine, documents)
 
-    def open_run(self, run_id: str, files: Sequence[Document]) -> None:
-        """Remember which files a run takes."""
+    def open_run(self, run_id: str) -> None:
+        """Say that a run works on messages. One that is taken up again is not published any more."""
+        with mongo_errors():
+            not_published = {"$unset": {"model": "", "published_at": ""}}
+            self.runs.update_one({"_id": run_id}, not_published, upsert=True)
+
+    def record_files(self, run_id: str, files: Sequence[Document]) -> None:
+        """Remember which files a run took."""
         with mongo_errors():
             self.runs.update_one({"_id": run_id}, {"$set": {"files": list(files)}}, upsert=True)
 

@@ -24,7 +24,7 @@ _CONSTRAINTS: tuple[LiteralString, ...] = (
     "CREATE CONSTRAINT campaign_id_unique IF NOT EXISTS FOR (c:Campaign) REQUIRE c.campaign_id IS UNIQUE",
 )
 
-# In order, in one transaction: nodes, then edges, then what the catalog holds no more.
+# In order, in one transaction: nodes, then edges.
 _SYNC_CATALOG: tuple[LiteralString, ...] = (
     """UNWIND $intents AS row
        MERGE (i:Intent {intent_id: row.intent_id})
@@ -41,6 +41,9 @@ _SYNC_CATALOG: tuple[LiteralString, ...] = (
        MATCH (c:Campaign {campaign_id: row.campaign_id})
        MATCH (i:Intent {intent_id: row.intent_id})
        MERGE (c)-[:TARGETS]->(i)""",
+)
+
+_DROP_WHAT_LEFT: tuple[LiteralString, ...] = (
     "MATCH (c:Campaign) WHERE NOT c.campaign_id IN $campaign_ids DETACH DELETE c",
     "MATCH (i:Intent) WHERE NOT i.intent_id IN $intent_ids DETACH DELETE i",
 )
@@ -163,7 +166,7 @@ class GraphStore:
                 session.run(constraint).consume()
 
     def sync_catalog(self, catalog: Catalog) -> None:
-        """Make intents, campaigns and TARGETS edges equal to the catalog, in one transaction."""
+        """Bring the catalog's intents, campaigns and TARGETS edges into the graph, in one transaction."""
         parameters = {
             "intents": [{"intent_id": one.id, "name": one.name} for one in catalog.intents],
             "campaigns": [_campaign_row(one) for one in catalog.campaigns],
@@ -172,10 +175,16 @@ class GraphStore:
                 for campaign in catalog.campaigns
                 for intent_id in campaign.intents
             ],
+        }
+        self._write(_SYNC_CATALOG, parameters)
+
+    def drop_what_left_the_catalog(self, catalog: Catalog) -> None:
+        """Delete the intents and campaigns that the catalog holds no more, with their edges."""
+        parameters = {
             "intent_ids": [one.id for one in catalog.intents],
             "campaign_ids": [one.id for one in catalog.campaigns],
         }
-        self._write(_SYNC_CATALOG, parameters)
+        self._write(_DROP_WHAT_LEFT, parameters)
 
     def write_users(
         self, user_ids: Sequence[str], expressed: Sequence[ExpressedIntent], engaged: Sequence[Engagement]
