@@ -39,7 +39,6 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         graph=AsyncGraphReader.from_settings(settings),
         analytics=AsyncAnalyticsReader.from_settings(settings),
         neighbours=settings.neighbours,
-        timeout_s=settings.store_timeout_s * 2,
     )
     app.state.recommender = recommender
     yield

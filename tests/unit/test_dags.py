@@ -82,7 +82,7 @@ def test_every_task_is_retried_at_growing_intervals(dag: Any):
 
 def test_no_task_runs_for_ever(dag: Any):
     for task in dag.tasks:
-        assert timedelta(0) < task.execution_timeout <= timedelta(hours=2), task.task_id
+        assert timedelta(0) < task.execution_timeout <= timedelta(hours=6), task.task_id
 
 
 def test_every_task_says_what_it_does(dag: Any):
@@ -122,7 +122,8 @@ def test_parsing_loads_no_driver_and_no_model(tmp_path: Path, name: str):
 
 
 def test_the_pipeline_s_tasks_follow_each_other_as_their_data_and_effects_demand(pipeline: Any):
-    assert {task.task_id: sorted(task.downstream_task_ids) for task in pipeline.tasks} == {
+    follow = {task.task_id: sorted(task.downstream_task_ids - {"record_lineage"}) for task in pipeline.tasks}
+    assert follow == {
         "prepare": ["embed", "embed_catalog"],
         "ingest": ["embed"],
         "embed_catalog": ["detect_intents"],
@@ -132,7 +133,7 @@ def test_the_pipeline_s_tasks_follow_each_other_as_their_data_and_effects_demand
         "build_graph": ["publish"],
         "roll_up_engagement": ["publish"],
         "refresh_profiles": ["publish"],
-        "publish": ["complete", "record_lineage"],
+        "publish": ["complete"],
         "complete": [],
         "record_lineage": [],
     }
@@ -160,7 +161,8 @@ def test_tasks_that_load_the_model_wait_for_the_embedding_pool_and_may_take_long
 
     assert {task_id for task_id, pool in pools.items() if pool == "embedding"} == {"embed", "embed_catalog"}
     assert {timeouts["embed"], timeouts["embed_catalog"]} == {timedelta(hours=2)}
-    assert max(timeouts[one] for one in pools if pools[one] == "default_pool") == timedelta(minutes=30)
+    short = {task_id for task_id, timeout in timeouts.items() if timeout == timedelta(minutes=30)}
+    assert short == set(timeouts) - {"embed", "embed_catalog", "ingest"}
 
 
 def test_shards_and_pages_are_mapped_and_few_run_at_once(pipeline: Any):
@@ -176,7 +178,8 @@ def test_a_run_with_nothing_new_goes_through_to_its_end(pipeline: Any):
     rules = {task.task_id: task.trigger_rule.value for task in pipeline.tasks}
 
     for task in pipeline.tasks:
-        if any(pipeline.get_task(one).is_mapped for one in task.upstream_task_ids) and not task.is_mapped:
+        upstream_is_mapped = any(pipeline.get_task(one).is_mapped for one in task.upstream_task_ids)
+        if upstream_is_mapped and not task.is_mapped and not task.is_teardown:
             assert rules[task.task_id] == "none_failed", task.task_id
     tolerant = {task_id for task_id, rule in rules.items() if rule == "none_failed"}
     assert tolerant == {"detect_intents", "refresh_profiles", "publish"}
@@ -188,7 +191,8 @@ def test_lineage_is_recorded_whatever_happens_and_its_failure_fails_the_run(pipe
     assert [task.task_id for task in pipeline.teardowns] == ["record_lineage"]
     assert lineage.on_failure_fail_dagrun is True
     assert lineage.downstream_task_ids == set()
-    assert lineage.get_flat_relative_ids(upstream=True) == set(pipeline.task_ids) - AROUND
+    # Directly behind each, so that it waits for those that still run when another has failed.
+    assert lineage.upstream_task_ids == set(pipeline.task_ids) - AROUND
 
 
 def test_a_run_is_green_only_where_its_data_were_published(pipeline: Any):

@@ -1,6 +1,5 @@
 """The recommender: cache, evidence, ranking and explanation put together."""
 
-import asyncio
 import time
 from dataclasses import dataclass
 
@@ -28,8 +27,6 @@ class Recommender:
     graph: AsyncGraphReader
     analytics: AsyncAnalyticsReader
     neighbours: int
-    timeout_s: float
-    """How long the stores may take together."""
 
     async def answer(self, user_id: str, top: int) -> bytes:
         """The answer as JSON, from the cache where it is fresh.
@@ -57,18 +54,14 @@ class Recommender:
 
     async def recommend(self, user_id: str, top: int) -> Recommendations:
         """Up to `top` active campaigns; popular ones for a user nothing is known of."""
-        try:
-            async with asyncio.timeout(self.timeout_s):
-                evidence = await gather_evidence(
-                    user_id,
-                    time.time_ns() // 1_000_000,
-                    neighbours=self.neighbours,
-                    vectors=self.vectors,
-                    graph=self.graph,
-                    analytics=self.analytics,
-                )
-        except TimeoutError as error:
-            raise StoreError("slowest", f"did not answer within {self.timeout_s:g} s") from error
+        evidence = await gather_evidence(
+            user_id,
+            time.time_ns() // 1_000_000,
+            neighbours=self.neighbours,
+            vectors=self.vectors,
+            graph=self.graph,
+            analytics=self.analytics,
+        )
         personal = rank(evidence)
         ranked = (personal or rank_popular(evidence))[:top]
         return Recommendations(

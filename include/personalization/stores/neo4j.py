@@ -7,6 +7,7 @@
 Times are epoch milliseconds. All writes are managed transactions, which retry deadlocks.
 """
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, LiteralString, TypedDict
@@ -233,16 +234,17 @@ class GraphStore:
 class AsyncGraphReader:
     """Look-ups of the API: one round trip each, parameterised."""
 
-    def __init__(self, driver: AsyncDriver, database: str) -> None:
+    def __init__(self, driver: AsyncDriver, database: str, timeout_s: float) -> None:
         self.driver = driver
         self._database = database
+        self._timeout_s = timeout_s
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "AsyncGraphReader":
         """Connect lazily."""
         with neo4j_errors():
             driver = AsyncGraphDatabase.driver(settings.neo4j_uri, **_driver_options(settings))
-        return cls(driver, settings.neo4j_database)
+        return cls(driver, settings.neo4j_database, settings.store_timeout_s)
 
     async def active_campaigns(self, now_ms: int) -> list[CampaignRow]:
         """Every campaign that may be shown at `now_ms`."""
@@ -259,9 +261,10 @@ class AsyncGraphReader:
 
     async def _read(self, query: LiteralString, **parameters: Any) -> list[Any]:
         with neo4j_errors():
-            result = await self.driver.execute_query(
-                query, parameters, database_=self._database, routing_=RoutingControl.READ
-            )
+            async with asyncio.timeout(self._timeout_s):
+                result = await self.driver.execute_query(
+                    query, parameters, database_=self._database, routing_=RoutingControl.READ
+                )
         return [record.data() for record in result.records]
 
 
