@@ -292,9 +292,11 @@ def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
                 yield batch
                 batch, chars = [], 0
     except InputError:
-        yield batch
+        if batch:
+            yield batch
         raise
-    yield batch
+    if batch:
+        yield batch
 
 
 def _cut(raw: str) -> str:
