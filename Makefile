@@ -16,7 +16,7 @@ $(READY): pyproject.toml requirements.lock
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not installed; set PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock torch uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c requirements.lock -e '.[pipeline,airflow,api,dashboard,local,dev]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c requirements.lock -e '.[pipeline,evaluation,airflow,api,dashboard,local,dev]'
 	@touch $@
 
 install: $(READY) ## Set up .venv from the lock file

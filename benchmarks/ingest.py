@@ -11,9 +11,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from personalization.encoder import model_location
 from personalization.local.config import StackConfig
 from personalization.local.stack import Stack
-from personalization.pipeline.embed import model_location
 from personalization.pipeline.run import RunSummary, run_pipeline
 from personalization.settings import Settings
 

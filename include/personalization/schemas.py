@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self, TypedDict
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -29,13 +30,15 @@ def _identifier(value: str) -> str:
 
 
 Identifier = Annotated[str, AfterValidator(_identifier)]
-CatalogId = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{1,63}$")]
+CatalogId = Annotated[str, StringConstraints(pattern=r"^[^\s\p{C}\"`\\\\]([^\p{C}\"`\\\\]{0,126}[^\s\p{C}\"`\\\\])?$")]
+"""An intent's or campaign's id: 1 to 128 printable characters, no quotation mark, backtick or backslash."""
 
 OTHER_INTENT = "other"
 """What a message expresses when no intent of the catalog is near enough."""
 
 _CLOCK_SKEW = timedelta(days=1)
 _MESSAGE_NAMESPACE = uuid.UUID("6f2f3c1e-58a5-5d0f-9a53-0c6f1f6d2b7a")
+_EVENT_NAMESPACE = uuid.UUID("0d5a3f0e-4c7b-5a6e-8f21-3b9a1d2c4e5f")
 _FOREVER_MS = 253_402_300_799_999  # 9999-12-31, the end of an open active window
 
 
@@ -51,6 +54,30 @@ def _readable_text(text: str) -> str:
     return text
 
 
+def parse_moment(value: Any) -> datetime:
+    """Aware UTC from an ISO 8601 string; one without a zone is UTC."""
+    if not isinstance(value, str):
+        raise ValueError("must be an ISO 8601 string such as 2026-01-31T09:00:00Z")
+    try:
+        if len(value) <= len("2026-01-31"):
+            raise ValueError("a day without a time")
+        moment = datetime.fromisoformat(value)
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise ValueError("is not an ISO 8601 date and time such as 2026-01-31T09:00:00Z") from None
+
+
+def _past(moment: datetime) -> datetime:
+    if moment.year < 1970:
+        raise ValueError("is before 1970")
+    if moment > datetime.now(UTC) + _CLOCK_SKEW:
+        raise ValueError("is in the future")
+    return moment
+
+
+PastMoment = Annotated[datetime, BeforeValidator(parse_moment), AfterValidator(_past)]
+
+
 class Message(BaseModel):
     """One thing a user said. Validation is strict: nothing is guessed or cut."""
 
@@ -58,27 +85,8 @@ class Message(BaseModel):
 
     user_id: Identifier
     message: Annotated[str, AfterValidator(_readable_text)]
-    timestamp: datetime
+    timestamp: PastMoment
     message_id: Identifier = Field(default=None, validate_default=True)
-
-    @field_validator("timestamp", mode="before")
-    @classmethod
-    def _parse_timestamp(cls, value: Any) -> datetime:
-        """Take an ISO 8601 string; one without a zone is UTC."""
-        if not isinstance(value, str):
-            raise ValueError("must be an ISO 8601 string such as 2026-01-31T09:00:00Z")
-        try:
-            if len(value) <= len("2026-01-31"):
-                raise ValueError("a day without a time")
-            moment = datetime.fromisoformat(value)
-            moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-        except (ValueError, OverflowError):
-            raise ValueError("is not an ISO 8601 date and time such as 2026-01-31T09:00:00Z") from None
-        if moment.year < 1970:
-            raise ValueError("is before 1970")
-        if moment > datetime.now(UTC) + _CLOCK_SKEW:
-            raise ValueError("is in the future")
-        return moment
 
     @field_validator("message_id", mode="before")
     @classmethod
@@ -103,6 +111,43 @@ class Message(BaseModel):
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
+EventKind = Literal["impression", "click", "conversion", "dismiss"]
+
+
+class Event(BaseModel):
+    """What a user did with a campaign. Validation is strict: nothing is guessed or cut."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+    user_id: Identifier
+    campaign_id: CatalogId
+    event: EventKind
+    timestamp: PastMoment
+    event_id: Identifier = Field(default=None, validate_default=True)
+    position: int | None = Field(default=None, ge=1, le=1000)
+    """Place in the list that was shown, from 1."""
+    propensity: float | None = Field(default=None, gt=0, le=1)
+    """Probability with which the policy showed the campaign at that place."""
+    policy: str | None = Field(default=None, min_length=1, max_length=64)
+    """The policy that chose the list."""
+
+    @field_validator("event_id", mode="before")
+    @classmethod
+    def _derive_event_id(cls, value: Any, info: ValidationInfo) -> Any:
+        """Give a row without `event_id` the UUIDv5 over `user_id|campaign_id|event|timestamp`."""
+        if value is not None:
+            return value
+        key = [info.data.get(field) for field in ("user_id", "campaign_id", "event", "timestamp")]
+        if None in key:  # the row is refused for that field; this value is never seen
+            return "-"
+        return str(uuid.uuid5(_EVENT_NAMESPACE, "|".join(map(str, key))))
+
+    @property
+    def timestamp_ms(self) -> int:
+        """Milliseconds since the epoch."""
+        return int(self.timestamp.timestamp() * 1000)
+
+
 class Intent(BaseModel):
     """Something users want, known by utterances that express it."""
 
@@ -114,18 +159,71 @@ class Intent(BaseModel):
     examples: list[Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]] = Field(min_length=1)
 
 
-class Campaign(BaseModel):
-    """Something worth showing to users who express one of its intents."""
+def _moment(value: Any) -> Any:
+    """A day is its first moment; a moment without a zone is UTC."""
+    if isinstance(value, str):
+        value = datetime.fromisoformat(value)
+    if isinstance(value, datetime):
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+    if isinstance(value, date):
+        return datetime(value.year, value.month, value.day, tzinfo=UTC)
+    raise ValueError("must be a day such as 2026-01-31 or a moment such as 2026-01-31T09:00:00Z")
+
+
+Moment = Annotated[datetime, BeforeValidator(_moment)]
+
+
+class Audience(BaseModel):
+    """Who may see a campaign. Empty lists ask for nothing."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    include_users: list[Identifier] = []
+    """Only these users."""
+    exclude_users: list[Identifier] = []
+    include_intents: list[CatalogId] = []
+    """Only users who expressed one of these."""
+    exclude_intents: list[CatalogId] = []
+    """No user who expressed one of these."""
+
+
+class FrequencyCap(BaseModel):
+    """Shown to a user at most so often."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    impressions: int = Field(ge=1)
+    days: float = Field(gt=0, le=365)
+
+
+class NotAgain(BaseModel):
+    """Days for which a campaign is not shown again; 0 for never holding it back."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    after_conversion_days: float = Field(default=90, ge=0, le=3650)
+    after_dismiss_days: float = Field(default=30, ge=0, le=3650)
+
+
+class Campaign(BaseModel):
+    """Something worth showing to users who express one of its intents, or whose words are near its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
     id: CatalogId
     name: str = Field(min_length=1)
     description: str = ""
     category: str = Field(default="general", min_length=1, max_length=64)
-    intents: list[CatalogId] = Field(min_length=1)
-    active_from: date | None = None
-    active_until: date | None = None
+    intents: list[CatalogId] = []
+    active_from: Moment | None = None
+    active_until: Moment | None = None
+    audience: Audience = Audience()
+    frequency_cap: FrequencyCap | None = None
+    not_again: NotAgain = NotAgain()
+    boost: float = Field(default=1.0, ge=0.1, le=10)
+    """Factor on the score."""
+    pinned: int | None = Field(default=None, ge=1, le=50)
+    """Place it takes in every list it may be in."""
 
     @field_validator("intents")
     @classmethod
@@ -143,12 +241,26 @@ class Campaign(BaseModel):
     @property
     def active_from_ms(self) -> int:
         """First millisecond (UTC) in which the campaign may be shown."""
-        return _midnight_ms(self.active_from) if self.active_from else 0
+        return _epoch_ms(self.active_from) if self.active_from else 0
 
     @property
     def active_until_ms(self) -> int:
         """First millisecond (UTC) in which it may not be shown any more."""
-        return _midnight_ms(self.active_until) if self.active_until else _FOREVER_MS
+        return _epoch_ms(self.active_until) if self.active_until else _FOREVER_MS
+
+    @property
+    def text(self) -> str:
+        """What the campaign says, as it is embedded."""
+        return f"{self.name}. {self.description}" if self.description else self.name
+
+
+class CatalogRules(BaseModel):
+    """Rules over whole lists."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_per_category: int | None = Field(default=None, ge=1)
+    """Campaigns of one category in a list at most, as long as others are left to fill it."""
 
 
 class Catalog(BaseModel):
@@ -156,8 +268,9 @@ class Catalog(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    intents: list[Intent] = Field(min_length=1)
-    campaigns: list[Campaign] = Field(min_length=1)
+    intents: list[Intent] = []
+    campaigns: list[Campaign] = []
+    rules: CatalogRules = CatalogRules()
 
     @model_validator(mode="after")
     def _ids_agree(self) -> Self:
@@ -240,5 +353,5 @@ class Recommendations(BaseModel):
     recommendations: list[Recommendation]
 
 
-def _midnight_ms(day: date) -> int:
-    return int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp() * 1000)
+def _epoch_ms(moment: datetime) -> int:
+    return int(moment.timestamp() * 1000)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from airflow.sdk import get_current_context
 from airflow.sdk.exceptions import AirflowFailException
+from personalization.catalog.loading import load_catalog
 from personalization.errors import CatalogError, InputError
-from personalization.pipeline.catalog import load_catalog
 from personalization.pipeline.lineage import StageReport, reported
 from personalization.schemas import Catalog
 from personalization.settings import Settings, get_settings

@@ -10,7 +10,7 @@ from personalization.schemas import Ref
 
 def prepare() -> None:
     """Make the stores ready and bring the catalog into them."""
-    from personalization.pipeline import catalog
+    from personalization.pipeline import prepare as stages
 
     from personalization_airflow.stage import stage
     from personalization_airflow.stores import analytics_store, graph_store, vector_store
@@ -21,7 +21,7 @@ def prepare() -> None:
         graph_store(s.settings) as graph,
         analytics_store(s.settings) as analytics,
     ):
-        catalog.prepare(
+        stages.prepare(
             s.report,
             catalog=s.take_catalog(),
             space=s.space,

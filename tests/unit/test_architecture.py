@@ -155,7 +155,7 @@ def test_torch_is_loaded_by_one_module_and_only_when_it_encodes():
     places = (CORE, *(PROJECT / one for one in ("services", "dashboards", "dags", "plugins")))
     heavy = [one for one in imports(*places) if one.is_of("torch", "sentence_transformers", "transformers")]
 
-    assert {one.file for one in heavy} == {CORE / "pipeline" / "embed.py"}
+    assert {one.file for one in heavy} == {CORE / "encoder.py"}
     assert breaches([one for one in heavy if one.at_top]) == []
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 from conftest import PROJECT, SAMPLE
+from personalization.catalog.loading import catalog_version, load_catalog
 from personalization.errors import CatalogError
-from personalization.pipeline.catalog import catalog_version, load_catalog
-from personalization.pipeline.reading import read_rows
+from personalization.reading import read_rows
 from personalization.schemas import Message
 from upath import UPath
 

@@ -9,14 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from personalization.errors import EmbeddingError
-from personalization.pipeline.embed import (
-    Encoder,
-    Vectors,
-    embed,
-    embed_catalog,
-    embeddings_of,
-    get_encoder,
-)
+from personalization.encoder import Encoder, Vectors, get_encoder
+from personalization.pipeline.embed import embed, embed_catalog, embeddings_of
 from personalization.pipeline.ingest import MESSAGE_SCHEMA
 from personalization.pipeline.intents import NearestUtterance
 from personalization.pipeline.lineage import StageReport

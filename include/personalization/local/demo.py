@@ -17,7 +17,7 @@ from upath import UPath
 from personalization.errors import LocalStackError, PersonalizationError
 from personalization.local.config import HOST, StackConfig
 from personalization.local.stack import Stack
-from personalization.pipeline.reading import check_readable, read_rows
+from personalization.reading import check_readable, read_rows
 from personalization.schemas import Message
 from personalization.stores.analytics import AnalyticsStore
 

@@ -1,95 +1,16 @@
-"""Embed: text to L2-normalised float32 vectors. The only module that loads torch, and only when it encodes."""
+"""Embed: the texts of shards and of the catalog to vectors, staged."""
 
-import importlib.util
-import time
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import structlog
 
-from personalization.errors import EmbeddingError
+from personalization.encoder import Vectors, get_encoder
 from personalization.pipeline.lineage import StageReport
 from personalization.schemas import Catalog, Ref
 from personalization.settings import Settings
 from personalization.staging import SHARED_FOLDER, Staging, read
-
-Vectors = np.ndarray[tuple[int, int], np.dtype[np.float32]]
-
-_PACKAGE_PREFIX = "package:"
-_SLICE_TEXTS = 2048
-
-log = structlog.get_logger(__name__)
-
-
-class Encoder:
-    """A sentence-transformers model on the best device at hand, in half precision where that is faster."""
-
-    def __init__(self, model_name: str, dim: int, batch_size: int) -> None:
-        import torch
-        from sentence_transformers import SentenceTransformer
-
-        self.device = _best_device(torch)
-        self.dtype = _best_dtype(torch, self.device)
-        try:
-            self._model: Any = SentenceTransformer(
-                model_location(model_name), device=self.device, model_kwargs={"dtype": self.dtype}
-            )
-        except (OSError, ValueError) as error:
-            raise EmbeddingError(
-                f"EMBEDDING_MODEL {model_name!r} cannot be loaded: {error}. Name a model of the hub, a folder that "
-                f"holds one, or package:NAME for a Python package that carries one"
-            ) from error
-        self.model_dim: int = self._model.get_embedding_dimension() or 0
-        if self.model_dim > dim:
-            raise EmbeddingError(
-                f"EMBEDDING_MODEL {model_name!r} makes {self.model_dim}-d vectors, which do not fit "
-                f"EMBEDDING_DIM={dim}; set EMBEDDING_DIM to {self.model_dim} or more"
-            )
-        self._dim = dim
-        self._batch_size = batch_size
-        log.info(f"{model_name}: {self.model_dim}-d on {self.device}, {self.dtype_name}, padded to {dim}")
-
-    @property
-    def dtype_name(self) -> str:
-        """Precision of the forward pass."""
-        return str(self.dtype).removeprefix("torch.")
-
-    def encode(self, texts: list[str]) -> Vectors:
-        """Vectors of the texts, shape (len(texts), dim), float32, unit length, zero-padded to `dim`.
-
-        Identical texts are encoded once; batches hold texts of like length, so little is padding.
-        Zero-padding leaves cosine and inner product unchanged.
-        """
-        unique, inverse = np.unique(np.asarray(texts, dtype=object), return_inverse=True)
-        by_length = sorted(range(len(unique)), key=lambda at: len(unique[at]))
-        vectors = np.zeros((len(unique), self._dim), dtype=np.float32)
-        started = time.perf_counter()
-        for start in range(0, len(by_length), _SLICE_TEXTS):
-            part = by_length[start : start + _SLICE_TEXTS]
-            encoded = self._model.encode(
-                [unique[at] for at in part],
-                batch_size=self._batch_size,
-                convert_to_tensor=True,
-                normalize_embeddings=False,
-                show_progress_bar=False,
-            )
-            vectors[part, : self.model_dim] = encoded.float().cpu().numpy()
-            done = start + len(part)
-            log.info(f"{done:,} of {len(unique):,} texts embedded, {done / (time.perf_counter() - started):,.0f}/s")
-        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        if not np.all(np.isfinite(norms) & (norms > 0)):
-            raise EmbeddingError("the model made a vector without a direction: of length zero, or not a number")
-        vectors /= norms
-        return vectors[inverse]
-
-
-@lru_cache(maxsize=1)
-def get_encoder(model_name: str, dim: int, batch_size: int) -> Encoder:
-    """The process's encoder; loading takes seconds."""
-    return Encoder(model_name, dim, batch_size)
 
 
 def embed(report: StageReport, shard: Ref, *, staging: Staging, settings: Settings) -> Ref:
@@ -140,40 +61,6 @@ def embeddings_of(table: pa.Table) -> Vectors:
 
 def _as_column(vectors: Vectors) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
-
-
-def model_location(model_name: str) -> str:
-    """A hub name or folder as it is; `package:NAME` is the folder `model` that the Python package carries."""
-    if not model_name.startswith(_PACKAGE_PREFIX):
-        return model_name
-    package = model_name.removeprefix(_PACKAGE_PREFIX)
-    try:
-        spec = importlib.util.find_spec(package)
-    except ModuleNotFoundError:
-        spec = None
-    if spec is None or spec.origin is None:
-        raise EmbeddingError(f"EMBEDDING_MODEL names the Python package {package!r}, which is not installed")
-    return str(Path(spec.origin).parent / "model")
-
-
-def _best_device(torch: Any) -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _best_dtype(torch: Any, device: str) -> Any:
-    """Half precision where the hardware multiplies in it; elsewhere it is slower than float32."""
-    if device == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if device == "cpu" and _cpu_has_bf16():
-        return torch.bfloat16
-    return torch.float16 if device == "mps" else torch.float32
-
-
-def _cpu_has_bf16() -> bool:
-    cpu_info = Path("/proc/cpuinfo")
-    return cpu_info.exists() and bool({"avx512_bf16", "amx_bf16"} & set(cpu_info.read_text().split()))
 
 
 def _file_name(model_name: str) -> str:

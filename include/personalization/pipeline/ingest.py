@@ -17,7 +17,7 @@ from upath import UPath
 
 from personalization.errors import InputError, RejectRatioExceededError
 from personalization.pipeline.lineage import StageReport, forget_reports
-from personalization.pipeline.reading import Row, check_readable, file_digest, locate, read_rows
+from personalization.reading import Row, check_readable, file_digest, locate, read_rows
 from personalization.schemas import Message, Ref
 from personalization.settings import Settings
 from personalization.staging import Staging

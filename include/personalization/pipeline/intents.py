@@ -7,8 +7,9 @@ import numpy as np
 import pyarrow as pa
 import structlog
 
-from personalization.pipeline.catalog import catalog_version, intents_version
-from personalization.pipeline.embed import Vectors, embeddings_of
+from personalization.catalog.loading import catalog_version, intents_version
+from personalization.encoder import Vectors
+from personalization.pipeline.embed import embeddings_of
 from personalization.pipeline.lineage import StageReport
 from personalization.schemas import OTHER_INTENT, Catalog, Ref
 from personalization.settings import Settings

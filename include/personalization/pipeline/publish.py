@@ -2,7 +2,7 @@
 
 import structlog
 
-from personalization.pipeline.catalog import catalog_version, intents_version
+from personalization.catalog.loading import catalog_version, intents_version
 from personalization.pipeline.lineage import StageReport
 from personalization.schemas import Catalog, Ref
 from personalization.settings import Settings

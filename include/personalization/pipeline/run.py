@@ -6,17 +6,18 @@ from datetime import UTC, datetime
 from os import PathLike
 from typing import Any, TypedDict
 
+from personalization.catalog.loading import load_catalog
 from personalization.errors import PersonalizationError
-from personalization.pipeline.catalog import load_catalog, prepare
 from personalization.pipeline.embed import embed, embed_catalog
 from personalization.pipeline.engagement import roll_up_engagement
 from personalization.pipeline.graph import build_graph
 from personalization.pipeline.ingest import ingest
 from personalization.pipeline.intents import detect_intents
 from personalization.pipeline.lineage import StageReport, record_lineage, reported
+from personalization.pipeline.prepare import prepare
 from personalization.pipeline.publish import publish
-from personalization.pipeline.reading import locate
 from personalization.pipeline.vectors import refresh_profiles, upsert_vectors
+from personalization.reading import locate
 from personalization.settings import Settings, get_settings
 from personalization.staging import Staging
 from personalization.stores.analytics import AnalyticsStore

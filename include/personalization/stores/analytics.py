@@ -96,7 +96,7 @@ class MessageIntent(Base):
     __table_args__ = (Index("ix_message_intents_run_user", "run_id", "user_id"),)
 
     message_id: Mapped[str] = mapped_column(String(128), primary_key=True)
-    intent_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    intent_id: Mapped[str] = mapped_column(String(128), primary_key=True)
     user_id: Mapped[str] = mapped_column(String(128), index=True)
     timestamp: Mapped[int] = mapped_column(BigInteger)
     """Epoch milliseconds."""
@@ -111,7 +111,7 @@ class CampaignRecord(Base):
 
     __tablename__ = "campaigns"
 
-    campaign_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    campaign_id: Mapped[str] = mapped_column(String(128), primary_key=True)
     name: Mapped[str]
     category: Mapped[str] = mapped_column(String(64))
     active_from: Mapped[int] = mapped_column(BigInteger)
@@ -126,8 +126,8 @@ class CampaignTarget(Base):
 
     __tablename__ = "campaign_targets"
 
-    campaign_id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    intent_id: Mapped[str] = mapped_column(String(64), primary_key=True, index=True)
+    campaign_id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    intent_id: Mapped[str] = mapped_column(String(128), primary_key=True, index=True)
 
 
 class UserEngagement(Base):
@@ -136,7 +136,7 @@ class UserEngagement(Base):
     __tablename__ = "user_engagement"
 
     user_id: Mapped[str] = mapped_column(String(128), primary_key=True)
-    campaign_id: Mapped[str] = mapped_column(String(64), primary_key=True, index=True)
+    campaign_id: Mapped[str] = mapped_column(String(128), primary_key=True, index=True)
     count: Mapped[int] = mapped_column(BigInteger)
     last_at: Mapped[int] = mapped_column(BigInteger)
     """Epoch milliseconds."""

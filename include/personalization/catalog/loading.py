@@ -1,4 +1,4 @@
-"""The catalog: read from YAML, brought into the stores."""
+"""Read a catalog from its folder."""
 
 import hashlib
 from pathlib import Path
@@ -8,12 +8,8 @@ import yaml
 from pydantic import ValidationError
 
 from personalization.errors import CatalogError
-from personalization.pipeline.lineage import StageReport
 from personalization.schemas import Campaign, Catalog, Intent
 from personalization.settings import Settings
-from personalization.stores.analytics import AnalyticsStore
-from personalization.stores.milvus import VectorSpace, VectorStore
-from personalization.stores.neo4j import GraphStore
 
 _KINDS: dict[str, type[Intent] | type[Campaign]] = {"intents": Intent, "campaigns": Campaign}
 _PROBLEMS_SHOWN = 5
@@ -74,30 +70,3 @@ def catalog_version(catalog: Catalog) -> str:
 def intents_version(catalog: Catalog, settings: Settings) -> str:
     """Digest of what decides a message's intent."""
     return f"{catalog.intents_version}:{settings.intent_threshold}"
-
-
-def prepare(
-    report: StageReport,
-    *,
-    catalog: Catalog,
-    space: VectorSpace,
-    vectors: VectorStore,
-    graph: GraphStore,
-    analytics: AnalyticsStore,
-    settings: Settings,
-) -> None:
-    """Make the stores ready for the run and bring the catalog into them. Safe to repeat."""
-    vectors.ensure_schema(space)
-    graph.ensure_schema()
-    analytics.ensure_schema()
-    # From here on what is served is of no one catalog, until `publish` says so.
-    analytics.expect_versions(catalog_version(catalog), intents_version(catalog, settings))
-    graph.sync_catalog(catalog)
-    analytics.sync_catalog(catalog)
-    report.rows_in = report.rows_out = len(catalog.intents) + len(catalog.campaigns)
-    report.details = {
-        "catalog_version": catalog_version(catalog),
-        "intents": len(catalog.intents),
-        "campaigns": len(catalog.campaigns),
-        "collection": space.collection("messages"),
-    }

@@ -1,0 +1,1 @@
+"""The catalog a marketer edits: read, checked, proposed."""
