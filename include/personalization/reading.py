@@ -1,9 +1,11 @@
-"""Stream rows out of JSON arrays and NDJSON, plain or gzipped, in memory bounded by the largest row."""
+"""Stream rows out of JSON arrays, NDJSON and CSV, plain or gzipped, in memory bounded by the largest row."""
 
 import codecs
+import csv
 import errno
 import gzip
 import hashlib
+import io
 import json
 import zlib
 from collections.abc import Iterator
@@ -28,10 +30,12 @@ class Row:
     """One row as found: its parsed value, or the problem that kept it from being parsed."""
 
     number: int
-    """Place in the file from 1: of the element in an array, of the line in NDJSON."""
+    """Place in the file from 1: of the element in an array, of the line in NDJSON or CSV."""
     raw: str
     value: Any = None
     problem: str | None = None
+    of_strings: bool = False
+    """Whether the values are all strings because the format has no types, as in CSV."""
 
 
 def locate(place: str) -> UPath:
@@ -69,14 +73,18 @@ def file_digest(path: UPath) -> str:
 def read_rows(path: UPath) -> Iterator[Row]:
     """Yield the rows of a file in order.
 
-    A broken NDJSON line is a row with a `problem`; what breaks the file itself (a truncated gzip, an
+    A file named `*.csv` or `*.csv.gz` has a header line; its empty cells count as absent. A broken
+    NDJSON or CSV line is a row with a `problem`; what breaks the file itself (a truncated gzip, an
     array that is not JSON) ends in an `InputError` naming the file and the row reached.
     """
     reached = 0
     try:
         with path.open("rb") as raw, _decompressed(cast("IO[bytes]", raw)) as stream:
             head = _first_bytes(stream, path)
-            rows = _array_rows(stream, path) if head == b"[" else _lines(stream, path)
+            if path.name.lower().endswith((".csv", ".csv.gz")):
+                rows = _csv_rows(stream, path)
+            else:
+                rows = _array_rows(stream, path) if head == b"[" else _lines(stream, path)
             for row in rows:
                 yield row
                 reached = row.number
@@ -225,6 +233,34 @@ def _line_row(number: int, line: bytes) -> Row:
         return Row(number, _printable(text), problem=f"not valid JSON ({error.msg}, column {error.colno})")
     except (RecursionError, ValueError):
         return Row(number, _printable(text), problem="nested too deeply, or a number with too many digits")
+
+
+def _csv_rows(stream: IO[bytes], path: UPath) -> Iterator[Row]:
+    text = io.TextIOWrapper(cast("Any", stream), encoding="utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.reader(text, strict=True)
+    header: list[str] | None = None
+    while True:
+        number = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if header is None:
+                _refuse(path, number, f"not valid CSV ({error})")
+            yield Row(number, "", problem=f"not valid CSV ({error})")
+            continue
+        if header is None:
+            header = [cell.strip() for cell in cells]
+            if len(set(header)) < len(header) or not all(header):
+                _refuse(path, number, "the header must name every column once")
+        elif cells:
+            raw = _printable(",".join(cells))
+            if len(cells) != len(header):
+                yield Row(number, raw, problem=f"has {len(cells)} cells where the header has {len(header)}")
+            else:
+                named = zip(header, cells, strict=True)
+                yield Row(number, raw, {name: cell for name, cell in named if cell}, of_strings=True)
 
 
 def _printable(raw: str) -> str:
