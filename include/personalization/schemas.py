@@ -3,6 +3,8 @@
 import hashlib
 import re
 import uuid
+from collections import Counter
+from collections.abc import Iterable
 from datetime import UTC, date, datetime, timedelta
 from typing import Annotated, Any, Literal, Self, TypedDict
 
@@ -151,7 +153,7 @@ class Event(BaseModel):
 class Intent(BaseModel):
     """Something users want, known by utterances that express it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
     id: CatalogId
     name: str = Field(min_length=1)
@@ -159,15 +161,23 @@ class Intent(BaseModel):
     examples: list[Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]] = Field(min_length=1)
 
 
+def repeated(ids: Iterable[str]) -> list[str]:
+    """Those that come more than once, sorted."""
+    return sorted(one for one, times in Counter(ids).items() if times > 1)
+
+
 def _moment(value: Any) -> Any:
     """A day is its first moment; a moment without a zone is UTC."""
-    if isinstance(value, str):
-        value = datetime.fromisoformat(value)
-    if isinstance(value, datetime):
-        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
-    if isinstance(value, date):
-        return datetime(value.year, value.month, value.day, tzinfo=UTC)
-    raise ValueError("must be a day such as 2026-01-31 or a moment such as 2026-01-31T09:00:00Z")
+    try:
+        if isinstance(value, str):
+            value = datetime.fromisoformat(value.strip())
+        if isinstance(value, datetime):
+            return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+        if isinstance(value, date):
+            return datetime(value.year, value.month, value.day, tzinfo=UTC)
+    except (ValueError, OverflowError) as error:  # its own words say which part no calendar has
+        raise ValueError(f"is no day or moment ({error}); write 2026-01-31 or 2026-01-31T09:00:00Z") from None
+    raise ValueError("is no day or moment; write 2026-01-31 or 2026-01-31T09:00:00Z")
 
 
 Moment = Annotated[datetime, BeforeValidator(_moment)]
@@ -176,7 +186,7 @@ Moment = Annotated[datetime, BeforeValidator(_moment)]
 class Audience(BaseModel):
     """Who may see a campaign. Empty lists ask for nothing."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
     include_users: list[Identifier] = []
     """Only these users."""
@@ -229,14 +239,24 @@ class Campaign(BaseModel):
     @classmethod
     def _intents_are_different(cls, intents: list[str]) -> list[str]:
         if len(set(intents)) < len(intents):
-            raise ValueError("an intent is named twice")
+            raise ValueError(f"names {', '.join(repeated(intents))} more than once; name each intent once")
         return intents
 
-    @model_validator(mode="after")
-    def _window_is_ordered(self) -> Self:
-        if self.active_from and self.active_until and self.active_from >= self.active_until:
-            raise ValueError("active_until must be after active_from")
-        return self
+    @field_validator("active_until")
+    @classmethod
+    def _window_is_ordered(cls, until: datetime | None, info: ValidationInfo) -> datetime | None:
+        start = info.data.get("active_from")
+        if start and until and start >= until:
+            raise ValueError(
+                "is not after active_from; write the moment from which the campaign is over, such as the day after "
+                "its last"
+            )
+        return until
+
+    @property
+    def named_intents(self) -> set[str]:
+        """All intents it names, to target, include or exclude."""
+        return {*self.intents, *self.audience.include_intents, *self.audience.exclude_intents}
 
     @property
     def active_from_ms(self) -> int:
@@ -277,13 +297,14 @@ class Catalog(BaseModel):
         intent_ids = [intent.id for intent in self.intents]
         campaign_ids = [campaign.id for campaign in self.campaigns]
         for kind, ids in (("intent", intent_ids), ("campaign", campaign_ids)):
-            if repeated := sorted({one for one in ids if ids.count(one) > 1}):
-                raise ValueError(f"{kind} ids must be unique: {', '.join(repeated)}")
+            if twice := repeated(ids):
+                raise ValueError(f"{kind} ids must be unique: {', '.join(twice)}")
         if OTHER_INTENT in intent_ids:
             raise ValueError(f"the intent id `{OTHER_INTENT}` is reserved for messages that match no intent")
+        known = set(intent_ids)
         for campaign in self.campaigns:
-            if unknown := sorted(set(campaign.intents) - set(intent_ids)):
-                raise ValueError(f"campaign {campaign.id} targets unknown intents: {', '.join(unknown)}")
+            if unknown := sorted(campaign.named_intents - known):
+                raise ValueError(f"campaign {campaign.id} names unknown intents: {', '.join(unknown)}")
         return self
 
     @property

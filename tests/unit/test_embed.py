@@ -255,6 +255,16 @@ def test_another_utterance_is_embedded_anew(encoder: Encoder, staging: Staging, 
     assert read(first).num_rows == 3
 
 
+def test_a_catalog_without_intents_is_staged_without_a_model(staging: Staging, settings: Settings):
+    asked_for_a_model = get_encoder.cache_info()
+
+    table = read(utterances(new_report(), staging, settings, intents=[], campaigns=[{"id": "sale", "name": "Sale"}]))
+
+    assert table.schema.field("intent_id").type == pa.string()
+    assert embeddings_of(table).shape == (0, settings.embedding_dim)
+    assert get_encoder.cache_info() == asked_for_a_model
+
+
 # --- what a message expresses
 
 

@@ -45,9 +45,12 @@ def embed_catalog(report: StageReport, *, catalog: Catalog, staging: Staging, se
     if (known := shared.find(name)) is not None:
         report.skipped = len(examples)
         return known
-    encoder = get_encoder(settings.embedding_model, settings.embedding_dim, settings.embedding_batch_size)
-    vectors = encoder.encode([example for _, example in examples])
-    table = pa.table({"intent_id": [intent_id for intent_id, _ in examples], "embedding": _as_column(vectors)})
+    vectors = np.zeros((0, settings.embedding_dim), dtype=np.float32)
+    if examples:
+        encoder = get_encoder(settings.embedding_model, settings.embedding_dim, settings.embedding_batch_size)
+        vectors = encoder.encode([example for _, example in examples])
+    intent_ids = pa.array([intent_id for intent_id, _ in examples], pa.string())
+    table = pa.table({"intent_id": intent_ids, "embedding": _as_column(vectors)})
     report.rows_out = len(examples)
     return shared.write(name, table)
 
@@ -56,7 +59,7 @@ def embeddings_of(table: pa.Table) -> Vectors:
     """The `embedding` column as a matrix, shape (rows, dim), without a Python object per vector."""
     column = table.column("embedding").combine_chunks()
     flat: np.ndarray[Any, np.dtype[np.float32]] = column.flatten().to_numpy(zero_copy_only=False)
-    return flat.reshape(len(column), -1)
+    return flat.reshape(len(column), column.type.list_size)
 
 
 def _as_column(vectors: Vectors) -> pa.FixedSizeListArray:

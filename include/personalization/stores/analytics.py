@@ -193,24 +193,24 @@ class AnalyticsStore:
             nothing = {"users": 0, "messages": 0, "last_at": None}
             connection.execute(delete(CampaignTarget))
             connection.execute(delete(CampaignRecord))
-            connection.execute(
-                insert(CampaignRecord),
-                [
-                    {
-                        "campaign_id": one.id,
-                        "name": one.name,
-                        "category": one.category,
-                        "active_from": one.active_from_ms,
-                        "active_until": one.active_until_ms,
-                        **totals.get(one.id, nothing),
-                    }
-                    for one in catalog.campaigns
-                ],
-            )
-            connection.execute(
-                insert(CampaignTarget),
-                [{"campaign_id": one.id, "intent_id": intent} for one in catalog.campaigns for intent in one.intents],
-            )
+            records = [
+                {
+                    "campaign_id": one.id,
+                    "name": one.name,
+                    "category": one.category,
+                    "active_from": one.active_from_ms,
+                    "active_until": one.active_until_ms,
+                    **totals.get(one.id, nothing),
+                }
+                for one in catalog.campaigns
+            ]
+            targets = [
+                {"campaign_id": one.id, "intent_id": intent} for one in catalog.campaigns for intent in one.intents
+            ]
+            # SQLAlchemy takes an empty list for a row of defaults.
+            for table, rows in ((CampaignRecord, records), (CampaignTarget, targets)):
+                if rows:
+                    connection.execute(insert(table), rows)
 
     def replace_message_intents(self, message_ids: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
         """Set the intents of the messages, in one transaction."""
