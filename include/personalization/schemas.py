@@ -104,16 +104,21 @@ class Message(BaseModel):
     @property
     def timestamp_ms(self) -> int:
         """Milliseconds since the epoch, the unit of every store but MongoDB."""
-        return int(self.timestamp.timestamp() * 1000)
+        return _epoch_ms(self.timestamp)
 
     @property
     def content_hash(self) -> str:
         """128-bit digest of all that a change of which makes the message another one."""
-        content = f"{self.user_id}\0{self.timestamp_ms}\0{self.message}"
-        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+        return _digest(self.user_id, self.timestamp_ms, self.message)
 
 
 EventKind = Literal["impression", "click", "conversion", "dismiss"]
+PolicyName = Annotated[str, StringConstraints(min_length=1, max_length=64), AfterValidator(_readable_text)]
+
+ENGAGEMENT_STRENGTH: dict[str, float] = {"mention": 0.25, "click": 1.0, "conversion": 2.0}
+"""How much a signal says for a campaign when it is new. A mention is a message that speaks to it."""
+
+DAY_MS = 86_400_000
 
 
 class Event(BaseModel):
@@ -130,7 +135,7 @@ class Event(BaseModel):
     """Place in the list that was shown, from 1."""
     propensity: float | None = Field(default=None, gt=0, le=1)
     """Probability with which the policy showed the campaign at that place."""
-    policy: str | None = Field(default=None, min_length=1, max_length=64)
+    policy: PolicyName | None = None
     """The policy that chose the list."""
 
     @field_validator("event_id", mode="before")
@@ -147,7 +152,13 @@ class Event(BaseModel):
     @property
     def timestamp_ms(self) -> int:
         """Milliseconds since the epoch."""
-        return int(self.timestamp.timestamp() * 1000)
+        return _epoch_ms(self.timestamp)
+
+    @property
+    def content_hash(self) -> str:
+        """128-bit digest of all that a change of which makes the event another one."""
+        what = (self.user_id, self.campaign_id, self.event, self.timestamp_ms)
+        return _digest(*what, self.position, self.propensity, self.policy)
 
 
 class Intent(BaseModel):
@@ -227,9 +238,9 @@ class Campaign(BaseModel):
     intents: list[CatalogId] = []
     active_from: Moment | None = None
     active_until: Moment | None = None
-    audience: Audience = Audience()
+    audience: Audience = Field(default_factory=Audience)
     frequency_cap: FrequencyCap | None = None
-    not_again: NotAgain = NotAgain()
+    not_again: NotAgain = Field(default_factory=NotAgain)
     boost: float = Field(default=1.0, ge=0.1, le=10)
     """Factor on the score."""
     pinned: int | None = Field(default=None, ge=1, le=50)
@@ -334,16 +345,38 @@ class ExpressedIntent(BaseModel):
     """Epoch milliseconds."""
     confidence: float
     """Mean cosine to the nearest example utterance."""
+    weight: float
+    """Sum of the confidences, each halved for every half-life by which it is older than `last_seen`."""
 
 
 class Engagement(BaseModel):
-    """How much of what a user said speaks to a campaign."""
+    """What speaks for or against a campaign in what a user said and did. Times are epoch milliseconds."""
 
     user_id: str
     campaign_id: str
-    count: int
-    last_at: int
-    """Epoch milliseconds."""
+    count: int = 0
+    """Mentions: messages that speak to the campaign."""
+    last_at: int = 0
+    """The last mention; 0 where there is none."""
+    impressions: int = 0
+    clicks: int = 0
+    conversions: int = 0
+    dismisses: int = 0
+    last_event_at: int | None = None
+    """The last event of any kind."""
+    last_impression_at: int | None = None
+    last_conversion_at: int | None = None
+    last_dismiss_at: int | None = None
+    weight: float = 0.0
+    """Sum of the positive signals' `ENGAGEMENT_STRENGTH`, each halved for every half-life by which it is
+    older than `weight_at`."""
+    weight_at: int | None = None
+    """The last positive signal: mention, click or conversion."""
+
+    @property
+    def signals(self) -> int:
+        """Positive signals."""
+        return self.count + self.clicks + self.conversions
 
 
 class Reason(BaseModel):
@@ -376,3 +409,7 @@ class Recommendations(BaseModel):
 
 def _epoch_ms(moment: datetime) -> int:
     return int(moment.timestamp() * 1000)
+
+
+def _digest(*content: Any) -> str:
+    return hashlib.blake2b("\0".join(map(str, content)).encode(), digest_size=16).hexdigest()
