@@ -165,7 +165,7 @@ NO_SECTIONS = "1: must hold the sections `intents`, `campaigns` or `rules`; put 
         ("campaigns: []\n---\ncampaigns: []", "2:1: cannot be read as YAML (expected a single document in the stream,"),
         (
             "campaigns: !!python/object/apply:os.getcwd []",
-            "1:12: cannot be read as YAML (could not determine a construc",
+            "1:12: cannot be read as YAML (could not determine a constructor",
         ),
         ("campaigns: [!!timestamp 2027-31-01]", "1: cannot be read as YAML (month must be in 1..12)"),
         ("# a\ncampaigns: \x07", "2: holds a control character; remove it"),
@@ -175,13 +175,13 @@ NO_SECTIONS = "1: must hold the sections `intents`, `campaigns` or `rules`; put 
         ("# nothing yet", EMPTY),
         ("- {id: x}", NO_SECTIONS),
         ("just words", NO_SECTIONS),
-        ("# a\ncampaings: []", "2: unknown section `campaings`; did you mean `campaigns`?"),
+        ("# a\ncampaign: []", "2: unknown section `campaign`; did you mean `campaigns`?"),
         ("offers: []", "1: unknown section `offers`; there are intents, campaigns, rules"),
         ("campaigns: {id: x}", "1: `campaigns` must be a list; start each entry under it with `- id: …`"),
         ("rules: [a]", "1: rules: must be a mapping; write its fields under it, of max_per_category"),
         (
             "rules: {max_per_category: 0}",
-            "1: rules: `max_per_category`: input should be greater than or equal to 1, fo",
+            "1: rules: `max_per_category`: input should be greater than or equal to 1,",
         ),
         ("intents: []\nrules: {}\nintents: []", "3: `intents` stands here a second time, first in line 1; keep one"),
     ],
@@ -221,7 +221,7 @@ def test_a_file_that_is_no_catalog_is_refused_by_place(tmp_path: Path, content: 
         ),
         ("a.csv", 'id,name\n1,"a\nb"\n2,c,d\n', "a.csv:4: has 3 cells where the header has 2; correct or remove the"),
         ("a.csv", "id,name,boost\n1,x,high\n", "a.csv:2: campaign `1`: `boost`: input should be a valid number, unab"),
-        ("a.csv", "id,naem\n1,x\n", "a.csv:2: campaign `1`: unknown field `naem`; did you mean `name`?"),
+        ("a.csv", "id,names\n1,x\n", "a.csv:2: campaign `1`: unknown field `names`; did you mean `name`?"),
         ("a.csv", "", "a.csv: holds nothing but white space; write one campaign a line"),
     ],
 )
