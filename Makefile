@@ -21,8 +21,8 @@ $(READY): pyproject.toml requirements.lock
 
 install: $(READY) ## Set up .venv from the lock file
 
-demo: $(READY) ## Run the platform on sample conversations, or on INPUT=path/to/file.json
-	@$(RUN) demo $(if $(INPUT),--input "$(INPUT)")
+demo: $(READY) ## Run the platform on sample data, or on INPUT=conversations.json and EVENTS=events.csv
+	@$(RUN) demo $(if $(INPUT),--input "$(INPUT)") $(if $(EVENTS),--events "$(EVENTS)")
 
 stop: $(READY) ## Stop the stack; the data stay
 	@$(RUN) stack stop

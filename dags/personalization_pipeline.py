@@ -1,15 +1,17 @@
 """
 ### Conversations in, recommendations out
 
-Takes conversations into MongoDB, Milvus, Neo4j and the analytics database, and publishes what the
-API serves.
+Takes conversations, and what users did with campaigns, into MongoDB, Milvus, Neo4j and the analytics
+database, and publishes what the API serves.
 
-* **Scheduled** (daily): takes the files of the inbox that no successful run has taken yet. Nothing
-  new is a success.
-* **By hand**: *Trigger* with `input_path`, or with the conf `{"input_path": "/data/conversations.json"}`.
+* **Scheduled** (daily): takes the files of the inbox that no successful run has taken yet, those named
+  `events*` as events. Nothing new is a success.
+* **By hand**: *Trigger* with `input_path`, `events_path` or both, or with the conf
+  `{"input_path": "/data/conversations.json", "events_path": "/data/events.csv"}`. The inbox is left alone.
+* **Always**: the events that the API has received since the last successful run.
 
-Every task may be retried, cleared or run twice: all writes are upserts by stable ids, and messages
-count as done only when `publish` has succeeded. Rows that cannot be taken are in MongoDB's
+Every task may be retried, cleared or run twice: all writes are upserts by stable ids, and messages and
+events count as done only when `publish` has succeeded. Rows that cannot be taken are in MongoDB's
 collection `quarantine` with their reason; what each stage did is in the table `pipeline_runs`,
 whatever happened.
 """
@@ -40,7 +42,17 @@ PARAMS = {
         title="Input file",
         description="A JSON array or NDJSON, plain or .gz; a local path or an object store's URI, "
         "such as `include/data/sample_conversations.json`. "
-        "Empty: the new files of the inbox.",
+        "Empty: the new files of the inbox, unless a file of events is named.",
+        minLength=1,
+        maxLength=1024,
+    ),
+    "events_path": Param(
+        None,
+        type=["null", "string"],
+        title="Events file",
+        description="What users did with campaigns: CSV, a JSON array or NDJSON, plain or .gz; a local path or an "
+        "object store's URI, such as `include/data/sample_events.csv`. "
+        "Empty: the new files of the inbox named `events*`, unless an input file is named.",
         minLength=1,
         maxLength=1024,
     ),
@@ -74,7 +86,9 @@ PARAMS = {
 )
 def personalization_pipeline() -> None:
     prepared = task(tasks.prepare)()
-    shards = task(tasks.ingest, **WHOLE_FILES)("{{ params.input_path or '' }}")
+    named = ("{{ params.input_path or '' }}", "{{ params.events_path or '' }}")
+    shards = task(tasks.ingest, **WHOLE_FILES)(*named)
+    events = task(tasks.ingest_events, **WHOLE_FILES)(*named)
     utterances = task(tasks.embed_catalog, **EMBEDDING)()
 
     embedded = task(tasks.embed, **EMBEDDING, **MAPPED).expand(shard=shards)
@@ -86,14 +100,15 @@ def personalization_pipeline() -> None:
     published = task(tasks.publish, **EVEN_IF_NOTHING_NEW)(user_pages)
     lineage = task(tasks.record_lineage)().as_teardown(on_failure_fail_dagrun=True)
 
-    prepared >> [utterances, embedded]
+    prepared >> [utterances, embedded, events]
+    events >> user_pages
     [user_pages, upserted] >> profiles
     # A teardown's success would make the run green; `complete` is green only where `publish` is.
     complete = EmptyOperator(task_id="complete")
     [graph, engagement, profiles] >> published >> complete
     # Behind every task, so that it waits for those that still run when another has failed.
-    stages = [prepared, shards, utterances, embedded, upserted, user_pages, graph, engagement, profiles, published]
-    stages >> lineage
+    taken = [prepared, shards, events, utterances, embedded, upserted]
+    [*taken, user_pages, graph, engagement, profiles, published] >> lineage
 
 
 personalization_pipeline()

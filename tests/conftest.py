@@ -16,6 +16,7 @@ from redis import Redis
 
 PROJECT = Path(__file__).parents[1]
 SAMPLE = PROJECT / "include" / "data" / "sample_conversations.json"
+SAMPLE_EVENTS = PROJECT / "include" / "data" / "sample_events.csv"
 
 
 def free_ports(count: int) -> list[int]:

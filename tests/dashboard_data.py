@@ -13,6 +13,7 @@ NOW = datetime.now(UTC).replace(microsecond=0)
 _SECONDS_PER_ROW = {
     "prepare": 0.0,
     "ingest": 0.0004,
+    "ingest_events": 0.0002,
     "embed_catalog": 0.0,
     "embed": 0.011,
     "upsert_vectors": 0.0012,
@@ -154,7 +155,7 @@ def _seed_engagement(store: AnalyticsStore) -> None:
         for number in range(1500)
     ]
     store.replace_message_intents([row["message_id"] for row in rows], rows)
-    store.roll_up_engagement(sorted({row["user_id"] for row in rows}))
+    store.roll_up_engagement(sorted({row["user_id"] for row in rows}), half_life_days=30)
     store.refresh_campaign_totals()
 
 

@@ -10,12 +10,15 @@ from typing import Annotated
 import structlog
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from personalization.errors import PersonalizationError
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 stack_app = typer.Typer(help="The embedded local stack: stores, Airflow, API and dashboard.", no_args_is_help=True)
+catalog_app = typer.Typer(help="The catalog of intents and campaigns: check it, propose one.", no_args_is_help=True)
 app.add_typer(stack_app, name="stack")
+app.add_typer(catalog_app, name="catalog")
 
 console = Console()
 
@@ -24,16 +27,19 @@ OnlyStores = Annotated[bool, typer.Option("--only-stores", help="Without Airflow
 
 @app.command()
 def run(
-    path: Annotated[Path, typer.Argument(help="Conversations: a JSON array or NDJSON, plain or gzipped.")],
+    path: Annotated[str | None, typer.Argument(help="Conversations: a JSON array or NDJSON, plain or gzipped.")] = None,
+    events: Annotated[str | None, typer.Option(help="Events: CSV, a JSON array or NDJSON, plain or gzipped.")] = None,
 ) -> None:
-    """Take a file through all stages without Airflow; print the summary as JSON.
+    """Take conversations, events or both through all stages without Airflow; print the summary as JSON.
 
     Exit status 0 where every stage succeeded, 1 otherwise.
     """
+    if path is None and events is None:
+        raise typer.BadParameter("name a file of conversations, one of --events, or both")
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     from personalization.pipeline.run import run_pipeline
 
-    summary = run_pipeline(path)
+    summary = run_pipeline(path, events_path=events)
     typer.echo(json.dumps(summary, indent=2, default=str))
     raise typer.Exit(0 if summary["status"] == "success" else 1)
 
@@ -41,15 +47,20 @@ def run(
 @app.command()
 def demo(
     input_path: Annotated[Path | None, typer.Option("--input", help="Your own file instead of the sample.")] = None,
+    events: Annotated[
+        Path | None, typer.Option(help="Your own events; the sample's where neither file is named.")
+    ] = None,
 ) -> None:
-    """Start the stack if need be, run the DAG on a file, and show recommendations."""
+    """Start the stack if need be, run the DAG on the files, and show recommendations."""
     from personalization.local.config import StackConfig
-    from personalization.local.demo import SAMPLE, run_demo
+    from personalization.local.demo import SAMPLE, SAMPLE_EVENTS, run_demo
     from personalization.local.stack import Stack
 
     stack = Stack(StackConfig())
     stack.start(console.print)
-    run_demo(stack, input_path or SAMPLE, console)
+    if input_path is None and events is None:
+        events = SAMPLE_EVENTS
+    run_demo(stack, input_path or SAMPLE, console, events_path=events)
 
 
 @stack_app.command()
@@ -124,12 +135,35 @@ def reset(yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = Fals
     console.print("deleted")
 
 
+@catalog_app.command()
+def check(
+    path: Annotated[Path | None, typer.Argument(help="Folder or file of the catalog; CATALOG_PATH if none.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings fail as well.")] = False,
+) -> None:
+    """Find what keeps campaigns from users, or messages from their intents.
+
+    Exit status 1 where there are errors, 0 where there are none or only warnings.
+    """
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    from personalization.catalog.check import check_folder, show
+    from personalization.settings import get_settings
+
+    settings = get_settings()
+    report = check_folder(path or settings.catalog_path, settings)
+    if as_json:
+        typer.echo(report.model_dump_json(indent=2))
+    else:
+        show(report, console)
+    raise typer.Exit(1 if report.count("error") or (strict and report.findings) else 0)
+
+
 def main() -> None:
     """Entry point: an error the platform foresees is one clear line."""
     try:
         app(prog_name="personalization")
     except PersonalizationError as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", markup=True, highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 

@@ -32,21 +32,44 @@ def prepare() -> None:
         )
 
 
-def ingest(input_path: str) -> list[Ref]:
-    """Take the named file, or what is new in the inbox; return the staged shards."""
-    from personalization.pipeline import ingest
+def ingest(input_path: str, events_path: str) -> list[Ref]:
+    """Take the named file of messages, or, where no file is named, the inbox's new ones; return the staged shards."""
+    from personalization.pipeline import ingest, taking
 
     from personalization_airflow.stage import stage
     from personalization_airflow.stores import mongo_store
 
     with stage("ingest") as s, mongo_store(s.settings) as mongo:
-        files = ingest.select_files(input_path or None, inbox_uri=s.settings.inbox_uri, mongo=mongo)
+        by_hand = bool(input_path or events_path)
+        files = taking.select_files("message", input_path, by_hand=by_hand, inbox_uri=s.settings.inbox_uri, mongo=mongo)
         return ingest.ingest(
             s.report,
             files=files,
             skip_bad_files=not input_path,
             model=s.space.model,
             mongo=mongo,
+            staging=s.staging,
+            settings=s.settings,
+        )
+
+
+def ingest_events(input_path: str, events_path: str) -> None:
+    """Take the named file of events, or, where no file is named, the inbox's new ones; and those of the API."""
+    from personalization.pipeline import events, taking
+
+    from personalization_airflow.stage import stage
+    from personalization_airflow.stores import analytics_store, mongo_store
+
+    with stage("ingest_events") as s, mongo_store(s.settings) as mongo, analytics_store(s.settings) as analytics:
+        by_hand = bool(input_path or events_path)
+        events.ingest_events(
+            s.report,
+            files=taking.select_files(
+                "event", events_path, by_hand=by_hand, inbox_uri=s.settings.inbox_uri, mongo=mongo
+            ),
+            skip_bad_files=not events_path,
+            mongo=mongo,
+            analytics=analytics,
             staging=s.staging,
             settings=s.settings,
         )
@@ -116,7 +139,7 @@ def build_graph(user_page: Ref) -> None:
         analytics_store(s.settings) as analytics,
         graph_store(s.settings) as store,
     ):
-        graph.build_graph(s.report, user_page, analytics=analytics, graph=store)
+        graph.build_graph(s.report, user_page, analytics=analytics, graph=store, settings=s.settings)
 
 
 def roll_up_engagement(user_pages: list[Ref]) -> None:
@@ -127,7 +150,7 @@ def roll_up_engagement(user_pages: list[Ref]) -> None:
     from personalization_airflow.stores import analytics_store
 
     with stage("roll_up_engagement") as s, analytics_store(s.settings) as analytics:
-        engagement.roll_up_engagement(s.report, user_pages, analytics=analytics)
+        engagement.roll_up_engagement(s.report, user_pages, analytics=analytics, settings=s.settings)
 
 
 def refresh_profiles() -> None:

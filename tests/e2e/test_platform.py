@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from browser import ARTIFACTS, chromium, needs_browser
-from conftest import SAMPLE, stack_config
+from conftest import SAMPLE, SAMPLE_EVENTS, stack_config
 from personalization.local.demo import DAG_ID, DagFailedError, run_demo
 from personalization.local.stack import Stack
 from playwright.sync_api import expect
@@ -38,10 +38,10 @@ class Platform:
         headers = {"Authorization": f"Bearer {token}"}
         self.airflow = httpx.Client(base_url=f"{self.airflow_url}/api/v2", headers=headers, timeout=30)
 
-    def demo(self, path: Path) -> str:
-        """Run the demo on a file; return what it printed."""
+    def demo(self, path: Path, events_path: Path | None = None) -> str:
+        """Run the demo on the files; return what it printed."""
         output = io.StringIO()
-        run_demo(self.stack, path, Console(file=output, width=200))
+        run_demo(self.stack, path, Console(file=output, width=200), events_path=events_path)
         return output.getvalue()
 
     def runs(self) -> list[dict[str, Any]]:
@@ -86,7 +86,7 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
 
 @pytest.fixture(scope="module")
 def demo_output(platform: Platform) -> str:
-    return platform.demo(SAMPLE)
+    return platform.demo(SAMPLE, SAMPLE_EVENTS)
 
 
 def manual_run(platform: Platform) -> str:
@@ -99,6 +99,7 @@ def test_the_demo_shows_every_task_the_recommendations_and_the_three_addresses(
     for task in (
         "prepare",
         "ingest",
+        "ingest_events",
         "embed [0]",
         "upsert_vectors [0]",
         "build_graph [0]",
@@ -115,7 +116,7 @@ def test_lineage_has_a_row_for_every_stage_with_its_figures(platform: Platform, 
     rows = platform.lineage(manual_run(platform))
 
     total = len(json.loads(SAMPLE.read_text()))
-    assert len(rows) == 10
+    assert len(rows) == 11
     assert {row.status for row in rows.values()} == {"success"}
     assert rows["ingest"].rows_in == rows["ingest"].rows_out == rows["upsert_vectors"].rows_out == total
     assert platform.messages() == total

@@ -110,7 +110,7 @@ def test_the_sample_reaches_every_store(settings: Settings, stores: Stores) -> N
     assert stores.cypher("MATCH ()-[e:EXPRESSED]->() RETURN sum(e.count)") == classified > len(rows) / 2
     lineage = dict(stores.sql("SELECT stage, status FROM pipeline_runs"))
     assert set(lineage.values()) == {"success"}
-    assert len(lineage) == 10
+    assert len(lineage) == 11
 
 
 def test_the_same_file_again_changes_nothing_and_says_so(settings: Settings, stores: Stores) -> None:

@@ -124,8 +124,9 @@ def test_parsing_loads_no_driver_and_no_model(tmp_path: Path, name: str):
 def test_the_pipeline_s_tasks_follow_each_other_as_their_data_and_effects_demand(pipeline: Any):
     follow = {task.task_id: sorted(task.downstream_task_ids - {"record_lineage"}) for task in pipeline.tasks}
     assert follow == {
-        "prepare": ["embed", "embed_catalog"],
+        "prepare": ["embed", "embed_catalog", "ingest_events"],
         "ingest": ["embed"],
+        "ingest_events": ["detect_intents"],
         "embed_catalog": ["detect_intents"],
         "embed": ["detect_intents", "upsert_vectors"],
         "upsert_vectors": ["refresh_profiles"],
@@ -162,7 +163,7 @@ def test_tasks_that_load_the_model_wait_for_the_embedding_pool_and_may_take_long
     assert {task_id for task_id, pool in pools.items() if pool == "embedding"} == {"embed", "embed_catalog"}
     assert {timeouts["embed"], timeouts["embed_catalog"]} == {timedelta(hours=2)}
     short = {task_id for task_id, timeout in timeouts.items() if timeout == timedelta(minutes=30)}
-    assert short == set(timeouts) - {"embed", "embed_catalog", "ingest"}
+    assert short == set(timeouts) - {"embed", "embed_catalog", "ingest", "ingest_events"}
 
 
 def test_shards_and_pages_are_mapped_and_few_run_at_once(pipeline: Any):
@@ -213,6 +214,11 @@ def test_a_run_is_green_only_where_its_data_were_published(pipeline: Any):
         ("input_path", "x" * 1025, False),
         ("input_path", 5, False),
         ("input_path", ["a.json", "b.json"], False),
+        ("events_path", None, True),
+        ("events_path", "include/data/sample_events.csv", True),
+        ("events_path", "", False),
+        ("events_path", "x" * 1025, False),
+        ("events_path", {"path": "a.csv"}, False),
         ("max_reject_ratio", None, True),
         ("max_reject_ratio", 0, True),
         ("max_reject_ratio", 0.25, True),
@@ -239,4 +245,4 @@ def test_a_run_s_conf_is_checked_against_the_params(pipeline: Any, name: str, va
 
 def test_the_pipeline_runs_daily(pipeline: Any):
     assert pipeline.schedule == "@daily"
-    assert set(pipeline.params) == {"input_path", "max_reject_ratio", "catalog_path"}
+    assert set(pipeline.params) == {"input_path", "events_path", "max_reject_ratio", "catalog_path"}

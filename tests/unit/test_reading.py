@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from personalization.errors import InputError
-from personalization.pipeline.ingest import SourceFile
+from personalization.pipeline.taking import SourceFile
 from personalization.reading import Row, check_readable, file_digest, locate, read_rows
 from personalization.schemas import Message
 from upath import UPath

@@ -23,6 +23,7 @@ from personalization.stores.analytics import AnalyticsStore
 
 DAG_ID = "personalization_pipeline"
 SAMPLE = Path("include/data/sample_conversations.json")
+SAMPLE_EVENTS = Path("include/data/sample_events.csv")
 
 _PARSED_TIMEOUT_S = 120
 _POLL_S = 1.0
@@ -42,33 +43,36 @@ class DagFailedError(PersonalizationError):
     """The DAG run ended in failure; says which task, and where its log is."""
 
 
-def run_demo(stack: Stack, input_path: Path, console: Console) -> None:
-    """Trigger the pipeline on a file, follow it, and print recommendations for a few of its users.
+def run_demo(stack: Stack, input_path: Path, console: Console, *, events_path: Path | None = None) -> None:
+    """Trigger the pipeline on the files, follow it, and print recommendations for a few of the users.
 
     Raises:
         DagFailedError: a task failed.
         LocalStackError: a process of the stack died meanwhile.
     """
-    source = UPath(input_path.absolute())
-    check_readable(source)
+    sources = [UPath(path.absolute()) for path in (input_path, events_path) if path is not None]
+    for source in sources:
+        check_readable(source)
     config = stack.config
     with _airflow(config) as airflow:
         _wait_until_parsed(airflow, stack)
         airflow.patch(f"/dags/{DAG_ID}", json={"is_paused": False}).raise_for_status()
-        trigger = {"logical_date": None, "conf": {"input_path": str(source)}}
+        conf = dict(zip(("input_path", "events_path"), map(str, sources), strict=False))
+        trigger = {"logical_date": None, "conf": conf}
         run_id = airflow.post(f"/dags/{DAG_ID}/dagRuns", json=trigger).raise_for_status().json()["dag_run_id"]
         console.print(
-            f"\nTriggered [bold]{DAG_ID}[/] on {escape(str(source))}, run {run_id}",
+            f"\nTriggered [bold]{DAG_ID}[/] on {escape(' and '.join(conf.values()))}, run {run_id}",
             highlight=False,
             soft_wrap=True,
         )
         _follow(airflow, stack, run_id, console)
-    _show_recommendations(config, source, console)
+    _show_recommendations(config, sources[0], console)
     console.print(
         f"Airflow    http://{HOST}:{config.airflow_port}/dags/{DAG_ID}\n"
         f"API        http://{HOST}:{config.api_port}/docs\n"
         f"Dashboard  http://{HOST}:{config.dashboard_port}\n\n"
-        "`make status` shows the stack, `make stop` stops it, `make demo INPUT=your.json` takes your own file.",
+        "`make status` shows the stack, `make stop` stops it, `make demo INPUT=your.json EVENTS=your.csv` takes your "
+        "own files.",
         highlight=False,
         soft_wrap=True,
     )
@@ -172,9 +176,10 @@ def _telling_users(config: StackConfig, source: UPath) -> list[str]:
     for row in islice(read_rows(source), _ROWS_LOOKED_AT):
         with suppress(ValidationError):
             users.add(Message.model_validate(row.value).user_id)
-    analytics = AnalyticsStore.from_settings(config.settings())
+    settings = config.settings()
+    analytics = AnalyticsStore.from_settings(settings)
     expressed: Counter[str] = Counter()
-    for intent in analytics.expressed_intents(sorted(users)):
+    for intent in analytics.expressed_intents(sorted(users), settings.profile_half_life_days):
         expressed[intent.user_id] += intent.count
     analytics.engine.dispose()
     return [user_id for user_id, _ in expressed.most_common(_USERS_SHOWN)]

@@ -2,6 +2,7 @@
 
 from personalization.pipeline.lineage import StageReport
 from personalization.schemas import Ref
+from personalization.settings import Settings
 from personalization.staging import read
 from personalization.stores.analytics import AnalyticsStore
 from personalization.stores.neo4j import GraphStore
@@ -9,7 +10,9 @@ from personalization.stores.neo4j import GraphStore
 _USERS_AT_ONCE = 500
 
 
-def build_graph(report: StageReport, user_page: Ref, *, analytics: AnalyticsStore, graph: GraphStore) -> None:
+def build_graph(
+    report: StageReport, user_page: Ref, *, analytics: AnalyticsStore, graph: GraphStore, settings: Settings
+) -> None:
     """Set the edges of a page of users from the source of truth. Pages share no user, so they may run at once.
 
     Two reads and one write transaction for 500 users.
@@ -19,8 +22,9 @@ def build_graph(report: StageReport, user_page: Ref, *, analytics: AnalyticsStor
     edges = {"expressed": 0, "expressed_count": 0, "engaged": 0}
     for start in range(0, len(user_ids), _USERS_AT_ONCE):
         some = user_ids[start : start + _USERS_AT_ONCE]
-        expressed = analytics.expressed_intents(some)
-        engaged = analytics.engagement(some)
+        expressed = analytics.expressed_intents(some, settings.profile_half_life_days)
+        engagement = analytics.engagement(some, settings.profile_half_life_days)
+        engaged = [row for row in engagement if row.signals]
         graph.write_users(some, expressed, engaged)
         edges["expressed"] += len(expressed)
         edges["expressed_count"] += sum(row.count for row in expressed)

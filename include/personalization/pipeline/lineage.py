@@ -17,6 +17,7 @@ from personalization.stores.analytics import AnalyticsStore
 STAGES = (
     "prepare",
     "ingest",
+    "ingest_events",
     "embed_catalog",
     "embed",
     "upsert_vectors",
@@ -86,10 +87,10 @@ def reported(staging: Staging, run_id: str, stage: str, *, shard: int = 0, attem
         )
 
 
-def forget_reports(staging: Staging, run_id: str) -> None:
-    """Drop what an earlier attempt of the run reported of the stages behind `ingest`, which start anew."""
+def forget_reports(staging: Staging, run_id: str, *, first_stage: str) -> None:
+    """Drop what an earlier attempt of the run reported of `first_stage` and those behind it, which start anew."""
     folder = staging.root / _FOLDER
-    for stage in STAGES[STAGES.index("embed") :]:
+    for stage in STAGES[STAGES.index(first_stage) :]:
         for path in folder.glob(f"{stage}-*.json"):
             log.info(f"{run_id}: {path.name} is of an earlier attempt")
             path.unlink(missing_ok=True)

@@ -30,9 +30,9 @@ def publish(
     staging: Staging,
     settings: Settings,
 ) -> None:
-    """Mark the run's messages as processed and start a new serving generation.
+    """Mark the run's messages and events as processed and start a new serving generation.
 
-    The last stage: whatever stopped before it leaves the messages to be taken again. Where nothing
+    The last stage: whatever stopped before it leaves them to be taken again. Where nothing
     changed, the generation stays and cached answers stay good.
     """
     graph.drop_what_left_the_catalog(catalog)
@@ -41,6 +41,7 @@ def publish(
     report.details = {
         "nothing_new": not user_pages,
         "messages": mongo.count_messages(),
+        "events": mongo.count_events(),
         "vectors": vectors.count(space.collection(MESSAGES)),
         **graph.totals(),
         "users_without_intent": analytics.count_users_without_intent(),

@@ -6,10 +6,13 @@ from datetime import UTC, datetime
 from os import PathLike
 from typing import Any, TypedDict
 
+from upath import UPath
+
 from personalization.catalog.loading import load_catalog
 from personalization.errors import PersonalizationError
 from personalization.pipeline.embed import embed, embed_catalog
 from personalization.pipeline.engagement import roll_up_engagement
+from personalization.pipeline.events import ingest_events
 from personalization.pipeline.graph import build_graph
 from personalization.pipeline.ingest import ingest
 from personalization.pipeline.intents import detect_intents
@@ -36,11 +39,15 @@ class RunSummary(TypedDict, total=False):
     error: str
 
 
-def run_pipeline(path: str | PathLike[str], settings: Settings | None = None) -> RunSummary:
-    """Take one file through all stages into all stores.
+def run_pipeline(
+    path: str | PathLike[str] | None,
+    settings: Settings | None = None,
+    events_path: str | PathLike[str] | None = None,
+) -> RunSummary:
+    """Take a file of messages, one of events, or both through all stages into all stores.
 
-    The same stage functions as the DAG's, one after the other. An error the platform foresees ends in
-    `status` "failed" with `error`; lineage is written either way.
+    Events that wait in MongoDB are taken too. The same stage functions as the DAG's, one after the other.
+    An error the platform foresees ends in `status` "failed" with `error`; lineage is written either way.
     """
     settings = settings or get_settings()
     run_id = f"local__{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}_{uuid.uuid4().hex[:8]}"
@@ -50,7 +57,7 @@ def run_pipeline(path: str | PathLike[str], settings: Settings | None = None) ->
         analytics = AnalyticsStore.from_settings(settings)
         stack.callback(analytics.engine.dispose)
         try:
-            _run_stages(run_id, str(path), settings, staging, analytics, stack)
+            _run_stages(run_id, _files(path), _files(events_path), settings, staging, analytics, stack)
         except PersonalizationError as error:
             summary["status"] = "failed"
             summary["error"] = str(error)
@@ -62,7 +69,8 @@ def run_pipeline(path: str | PathLike[str], settings: Settings | None = None) ->
 
 def _run_stages(
     run_id: str,
-    path: str,
+    files: list[UPath],
+    events_files: list[UPath],
     settings: Settings,
     staging: Staging,
     analytics: AnalyticsStore,
@@ -94,10 +102,20 @@ def _run_stages(
     with stage("ingest") as report:
         shards = ingest(
             report,
-            files=[locate(path)],
+            files=files,
             skip_bad_files=False,
             model=space.model,
             mongo=mongo,
+            staging=staging,
+            settings=settings,
+        )
+    with stage("ingest_events") as report:
+        ingest_events(
+            report,
+            files=events_files,
+            skip_bad_files=False,
+            mongo=mongo,
+            analytics=analytics,
             staging=staging,
             settings=settings,
         )
@@ -124,9 +142,9 @@ def _run_stages(
         )
     for number, page in enumerate(pages):
         with stage("build_graph", number) as report:
-            build_graph(report, page, analytics=analytics, graph=graph)
+            build_graph(report, page, analytics=analytics, graph=graph, settings=settings)
     with stage("roll_up_engagement") as report:
-        roll_up_engagement(report, pages, analytics=analytics)
+        roll_up_engagement(report, pages, analytics=analytics, settings=settings)
     with stage("refresh_profiles") as report:
         refresh_profiles(report, space=space, analytics=analytics, vectors=vectors, settings=settings)
     with stage("publish") as report:
@@ -143,6 +161,10 @@ def _run_stages(
             staging=staging,
             settings=settings,
         )
+
+
+def _files(path: str | PathLike[str] | None) -> list[UPath]:
+    return [locate(str(path))] if path is not None else []
 
 
 def _brief(row: dict[str, Any]) -> dict[str, Any]:

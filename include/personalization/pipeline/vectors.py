@@ -6,13 +6,12 @@ import numpy as np
 
 from personalization.pipeline.embed import embeddings_of
 from personalization.pipeline.lineage import StageReport
-from personalization.schemas import Ref
+from personalization.schemas import DAY_MS, Ref
 from personalization.settings import Settings
 from personalization.staging import read
 from personalization.stores.analytics import AnalyticsStore
 from personalization.stores.milvus import MESSAGES, USERS, VectorSpace, VectorStore
 
-_DAY_MS = 86_400_000
 _USERS_AT_ONCE = 250
 
 
@@ -34,13 +33,13 @@ def refresh_profiles(
     vectors: VectorStore,
     settings: Settings,
 ) -> None:
-    """Set the vectors of the users whose messages the run embedded; an edit of the catalog moves none.
+    """Set the vectors of the users whose messages the run embedded; events and an edit of the catalog move none.
 
     A user's vector is the L2-normalised sum of their newest messages' vectors, each weighted by
     2^(-age / half-life), age counted from the user's newest message: so a repeat changes nothing.
     Reads each of those vectors once, 1,000 a round trip.
     """
-    for user_ids in analytics.users(report.run_id, _USERS_AT_ONCE):
+    for user_ids in analytics.users_with_messages(report.run_id, _USERS_AT_ONCE):
         report.rows_in += len(user_ids)
         rows = _profiles(user_ids, space, analytics, vectors, settings)
         vectors.upsert(space.collection(USERS), rows)
@@ -81,4 +80,4 @@ def _profiles(
 
 
 def _weight(age_ms: int, half_life_days: float) -> np.float32:
-    return np.float32(2.0 ** (-age_ms / (half_life_days * _DAY_MS)))
+    return np.float32(2.0 ** (-age_ms / (half_life_days * DAY_MS)))

@@ -97,7 +97,11 @@ class CampaignEngagement:
     users: int
     messages: int
     last_at: int | None
-    """Epoch milliseconds."""
+    """The last message that speaks to it, in epoch milliseconds."""
+    impressions: int
+    clicks: int
+    conversions: int
+    dismisses: int
 
     def state(self, now: datetime) -> Literal["upcoming", "active", "ended"]:
         """Where `now` lies in relation to the campaign's active window."""
@@ -247,7 +251,7 @@ def top_users(engine: Engine, campaign_id: str, limit: int) -> list[EngagedUser]
     """The users with most messages that speak to the campaign."""
     query = (
         select(UserEngagement.user_id, UserEngagement.count.label("messages"), UserEngagement.last_at)
-        .where(UserEngagement.campaign_id == campaign_id)
+        .where(UserEngagement.campaign_id == campaign_id, UserEngagement.count > 0)
         .order_by(UserEngagement.count.desc(), UserEngagement.user_id)
         .limit(limit)
     )

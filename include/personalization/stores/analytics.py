@@ -1,19 +1,23 @@
 """The analytics database: SQLite in WAL mode, or any database SQLAlchemy speaks to.
 
-Only the pipeline writes. Everything derived is set from `message_intents`, never incremented.
+Only the pipeline writes. Everything derived is set from `message_intents` and `events`, never incremented.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 from urllib.parse import quote
 
 from sqlalchemy import (
     JSON,
     URL,
     BigInteger,
+    ColumnElement,
+    CompoundSelect,
+    Connection,
     DateTime,
     Dialect,
     Engine,
@@ -26,20 +30,29 @@ from sqlalchemy import (
     event,
     func,
     insert,
+    inspect,
+    literal,
     select,
+    text,
+    union,
+    union_all,
+    update,
 )
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.schema import CreateColumn
 from sqlalchemy.types import TypeDecorator
 
 from personalization.errors import StoreError
-from personalization.schemas import OTHER_INTENT, Catalog, Engagement, ExpressedIntent
+from personalization.schemas import DAY_MS, ENGAGEMENT_STRENGTH, OTHER_INTENT, Catalog, Engagement, ExpressedIntent
 from personalization.settings import Settings
 
 _BUSY_TIMEOUT_MS = 30_000
 _ID_CHUNK = 1000
+_STREAM_ROWS = 10_000
+_FORGOTTEN = 1000.0  # half-lives after which a signal weighs nothing; databases refuse to underflow
 _SERVING = 1
 
 
@@ -93,7 +106,10 @@ class MessageIntent(Base):
     """One row per (message, intent it expresses); `other` where it expresses none."""
 
     __tablename__ = "message_intents"
-    __table_args__ = (Index("ix_message_intents_run_user", "run_id", "user_id"),)
+    __table_args__ = (
+        Index("ix_message_intents_run_user", "run_id", "user_id"),
+        Index("ix_message_intents_time", "timestamp", "message_id"),
+    )
 
     message_id: Mapped[str] = mapped_column(String(128), primary_key=True)
     intent_id: Mapped[str] = mapped_column(String(128), primary_key=True)
@@ -104,6 +120,31 @@ class MessageIntent(Base):
     """Cosine to the nearest example utterance."""
     run_id: Mapped[str] = mapped_column(String(250))
     """The run that embedded the message."""
+
+
+class EventRecord(Base):
+    """One row per event: what a user did with a campaign, which may have left the catalog."""
+
+    __tablename__ = "events"
+    __table_args__ = (
+        Index("ix_events_run_user", "run_id", "user_id"),
+        Index("ix_events_user_campaign", "user_id", "campaign_id"),
+        Index("ix_events_campaign_time", "campaign_id", "timestamp"),
+        Index("ix_events_time", "timestamp", "event_id"),
+    )
+
+    event_id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    user_id: Mapped[str] = mapped_column(String(128))
+    campaign_id: Mapped[str] = mapped_column(String(128))
+    event: Mapped[str] = mapped_column(String(16))
+    """An `EventKind`."""
+    timestamp: Mapped[int] = mapped_column(BigInteger)
+    """Epoch milliseconds."""
+    position: Mapped[int | None]
+    propensity: Mapped[float | None]
+    policy: Mapped[str | None] = mapped_column(String(64))
+    run_id: Mapped[str] = mapped_column(String(250))
+    """The run that last took the event."""
 
 
 class CampaignRecord(Base):
@@ -117,8 +158,14 @@ class CampaignRecord(Base):
     active_from: Mapped[int] = mapped_column(BigInteger)
     active_until: Mapped[int] = mapped_column(BigInteger)
     users: Mapped[int] = mapped_column(BigInteger, default=0)
+    """Users with a positive signal: a mention, click or conversion."""
     messages: Mapped[int] = mapped_column(BigInteger, default=0)
     last_at: Mapped[int | None] = mapped_column(BigInteger)
+    """The last message that speaks to it."""
+    impressions: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
+    clicks: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
+    conversions: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
+    dismisses: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
 
 
 class CampaignTarget(Base):
@@ -131,7 +178,10 @@ class CampaignTarget(Base):
 
 
 class UserEngagement(Base):
-    """One row per (user, campaign): messages that speak to the campaign, in its active window."""
+    """One row per (user, campaign): messages that speak to the campaign in its active window, and events.
+
+    The columns are those of `schemas.Engagement`.
+    """
 
     __tablename__ = "user_engagement"
 
@@ -139,7 +189,16 @@ class UserEngagement(Base):
     campaign_id: Mapped[str] = mapped_column(String(128), primary_key=True, index=True)
     count: Mapped[int] = mapped_column(BigInteger)
     last_at: Mapped[int] = mapped_column(BigInteger)
-    """Epoch milliseconds."""
+    impressions: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    clicks: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    conversions: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    dismisses: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    last_event_at: Mapped[int | None] = mapped_column(BigInteger)
+    last_impression_at: Mapped[int | None] = mapped_column(BigInteger)
+    last_conversion_at: Mapped[int | None] = mapped_column(BigInteger)
+    last_dismiss_at: Mapped[int | None] = mapped_column(BigInteger)
+    weight: Mapped[float] = mapped_column(server_default="0")
+    weight_at: Mapped[int | None] = mapped_column(BigInteger)
 
 
 class ServingState(Base):
@@ -151,6 +210,31 @@ class ServingState(Base):
     catalog_version: Mapped[str] = mapped_column(String(64))
     intents_version: Mapped[str] = mapped_column(String(64))
     run_id: Mapped[str] = mapped_column(String(250))
+
+
+_CAMPAIGN_TOTALS = ("users", "messages", "last_at", "impressions", "clicks", "conversions", "dismisses")
+
+
+class InteractionColumns(TypedDict):
+    """Some events, by column."""
+
+    user_id: list[str]
+    campaign_id: list[str]
+    event: list[str]
+    timestamp: list[int]
+    position: list[int | None]
+    propensity: list[float | None]
+    policy: list[str | None]
+
+
+class ExpressionColumns(TypedDict):
+    """Some intents of messages, by column."""
+
+    message_id: list[str]
+    user_id: list[str]
+    timestamp: list[int]
+    intent_id: list[str]
+    confidence: list[float]
 
 
 @contextmanager
@@ -179,18 +263,24 @@ class AnalyticsStore:
         return cls(engine)
 
     def ensure_schema(self) -> None:
-        """Create the tables and indexes that are missing. Safe to repeat and to race."""
+        """Create the tables, columns and indexes that are missing. Safe to repeat and to race.
+
+        After a column was added, the next run derives everything anew.
+        """
         with analytics_errors():
-            Base.metadata.create_all(self.engine)
+            try:
+                _complete_schema(self.engine)
+            except DatabaseError:  # another process was faster: now it is all there
+                _complete_schema(self.engine)
 
     def sync_catalog(self, catalog: Catalog) -> None:
         """Make campaigns and their targets equal to the catalog; engagement totals stay."""
         with analytics_errors(), self.engine.begin() as connection:
             totals = {
-                row.campaign_id: {"users": row.users, "messages": row.messages, "last_at": row.last_at}
-                for row in connection.execute(select(CampaignRecord.__table__))
+                row["campaign_id"]: {name: row[name] for name in _CAMPAIGN_TOTALS}
+                for row in connection.execute(select(CampaignRecord.__table__)).mappings()
             }
-            nothing = {"users": 0, "messages": 0, "last_at": None}
+            nothing = dict.fromkeys(_CAMPAIGN_TOTALS, 0) | {"last_at": None}
             connection.execute(delete(CampaignTarget))
             connection.execute(delete(CampaignRecord))
             records = [
@@ -220,13 +310,39 @@ class AnalyticsStore:
             if rows:
                 connection.execute(insert(MessageIntent), list(rows))
 
+    def set_events(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Insert or replace events by `event_id`, in one transaction."""
+        with analytics_errors(), self.engine.begin() as connection:
+            for chunk in _chunks([row["event_id"] for row in rows]):
+                connection.execute(delete(EventRecord).where(EventRecord.event_id.in_(chunk)))
+            connection.execute(insert(EventRecord), list(rows))
+
     def users(self, run_id: str | None, per_page: int) -> Iterator[list[str]]:
-        """Yield the users whose messages the run classified (None: all users), in order, a page at a time."""
-        query = select(MessageIntent.user_id).distinct().order_by(MessageIntent.user_id).limit(per_page)
-        if run_id is not None:
-            query = query.where(MessageIntent.run_id == run_id)
+        """Yield the users whose messages or events the run took (None: all users), in order, a page at a time."""
+        return self._users((MessageIntent, EventRecord), run_id, per_page)
+
+    def users_with_messages(self, run_id: str, per_page: int) -> Iterator[list[str]]:
+        """Yield the users whose messages the run embedded, in order, a page at a time."""
+        return self._users((MessageIntent,), run_id, per_page)
+
+    def _users(
+        self, tables: Sequence[type[MessageIntent | EventRecord]], run_id: str | None, per_page: int
+    ) -> Iterator[list[str]]:
         last = ""
-        while page := self._fetch(query.where(MessageIntent.user_id > last)):
+        while True:
+            pages = [
+                select(table.user_id)
+                .distinct()
+                .where(table.user_id > last, *([table.run_id == run_id] if run_id is not None else []))
+                .order_by(table.user_id)
+                .limit(per_page)
+                .subquery()
+                for table in tables
+            ]
+            found = union(*(select(page.c.user_id) for page in pages)).subquery()
+            page = self._fetch(select(found.c.user_id).order_by(found.c.user_id).limit(per_page))
+            if not page:
+                return
             yield [row["user_id"] for row in page]
             last = page[-1]["user_id"]
 
@@ -244,48 +360,81 @@ class AnalyticsStore:
             yield page
             last = page[-1]["id"]
 
-    def expressed_intents(self, user_ids: Sequence[str]) -> list[ExpressedIntent]:
-        """What the users expressed, counted over all their messages; `other` left out."""
+    def interactions(self, since_ms: int, until_ms: int) -> Iterator[InteractionColumns]:
+        """Yield the events of [since, until) by time, up to 10,000 at a time: one streamed query."""
+        names = ("user_id", "campaign_id", "event", "timestamp", "position", "propensity", "policy")
         query = (
-            select(
-                MessageIntent.user_id,
-                MessageIntent.intent_id,
-                func.count().label("count"),
-                func.max(MessageIntent.timestamp).label("last_seen"),
-                func.avg(MessageIntent.confidence).label("confidence"),
-            )
-            .where(MessageIntent.intent_id != OTHER_INTENT)
-            .group_by(MessageIntent.user_id, MessageIntent.intent_id)
+            select(*(getattr(EventRecord, name) for name in names))
+            .where(EventRecord.timestamp >= since_ms, EventRecord.timestamp < until_ms)
+            .order_by(EventRecord.timestamp, EventRecord.event_id)
         )
-        return [ExpressedIntent(**row) for row in self._of_users(query, MessageIntent.user_id, user_ids)]
+        for columns in self._stream(query):
+            yield InteractionColumns(**dict(zip(names, columns, strict=True)))  # type: ignore[typeddict-item]
 
-    def engagement(self, user_ids: Sequence[str]) -> list[Engagement]:
-        """The users' engagement as their messages have it now, whether rolled up yet or not."""
-        query = _engagement_query()
-        return [Engagement(**row) for row in self._of_users(query, MessageIntent.user_id, user_ids)]
+    def expressions(self, since_ms: int, until_ms: int) -> Iterator[ExpressionColumns]:
+        """Yield the intents of messages of [since, until) by time, `other` too, up to 10,000 at a time: one
+        streamed query.
+        """
+        names = ("message_id", "user_id", "timestamp", "intent_id", "confidence")
+        query = (
+            select(*(getattr(MessageIntent, name) for name in names))
+            .where(MessageIntent.timestamp >= since_ms, MessageIntent.timestamp < until_ms)
+            .order_by(MessageIntent.timestamp, MessageIntent.message_id, MessageIntent.intent_id)
+        )
+        for columns in self._stream(query):
+            yield ExpressionColumns(**dict(zip(names, columns, strict=True)))  # type: ignore[typeddict-item]
 
-    def roll_up_engagement(self, user_ids: Sequence[str]) -> int:
-        """Set `user_engagement` of the users, in one transaction; return its rows."""
-        columns = ["user_id", "campaign_id", "count", "last_at"]
+    def expressed_intents(self, user_ids: Sequence[str], half_life_days: float) -> list[ExpressedIntent]:
+        """What the users expressed, over all their messages; `other` left out."""
+        return [
+            ExpressedIntent(**row)
+            for chunk in _chunks(user_ids)
+            for row in self._fetch(_expressed_query(chunk, half_life_days))
+        ]
+
+    def engagement(self, user_ids: Sequence[str], half_life_days: float) -> list[Engagement]:
+        """The users' engagement as their messages and events have it now, whether rolled up yet or not."""
+        return [
+            Engagement(**row)
+            for chunk in _chunks(user_ids)
+            for row in self._fetch(_engagement_query(chunk, half_life_days))
+        ]
+
+    def roll_up_engagement(self, user_ids: Sequence[str], half_life_days: float) -> int:
+        """Set `user_engagement` of the users, in one transaction; return its rows.
+
+        Reads each of their messages' intents and events once, by user.
+        """
         rows = 0
         with analytics_errors(), self.engine.begin() as connection:
             for chunk in _chunks(user_ids):
                 connection.execute(delete(UserEngagement).where(UserEngagement.user_id.in_(chunk)))
-                fresh = _engagement_query().where(MessageIntent.user_id.in_(chunk))
-                rows += connection.execute(insert(UserEngagement).from_select(columns, fresh)).rowcount
+                fresh = _engagement_query(chunk, half_life_days)
+                names = [column.name for column in fresh.selected_columns]
+                rows += connection.execute(insert(UserEngagement).from_select(names, fresh)).rowcount
         return rows
 
     def refresh_campaign_totals(self) -> None:
-        """Set every campaign's totals from `user_engagement`. Cost grows with that table."""
-        totals = {
-            "users": func.count(UserEngagement.user_id),
-            "messages": func.coalesce(func.sum(UserEngagement.count), 0),
-            "last_at": func.max(UserEngagement.last_at),
+        """Set every campaign's totals from `user_engagement`, which is read once."""
+        sums = {"messages": UserEngagement.count} | {
+            name: getattr(UserEngagement, name) for name in ("impressions", "clicks", "conversions", "dismisses")
         }
-        own = UserEngagement.campaign_id == CampaignRecord.campaign_id
-        values = {name: select(total).where(own).scalar_subquery() for name, total in totals.items()}
+        totals = (
+            select(
+                CampaignRecord.campaign_id,
+                func.count(UserEngagement.weight_at).label("users"),
+                func.max(func.nullif(UserEngagement.last_at, 0)).label("last_at"),
+                *(func.coalesce(func.sum(column), 0).label(name) for name, column in sums.items()),
+            )
+            .outerjoin(UserEngagement, UserEngagement.campaign_id == CampaignRecord.campaign_id)
+            .group_by(CampaignRecord.campaign_id)
+            .subquery()
+        )
+        values = {name: totals.c[name] for name in _CAMPAIGN_TOTALS}
         with analytics_errors(), self.engine.begin() as connection:
-            connection.execute(CampaignRecord.__table__.update().values(values))  # type: ignore[attr-defined]
+            connection.execute(
+                update(CampaignRecord).where(CampaignRecord.campaign_id == totals.c.campaign_id).values(values)
+            )
 
     def newest_messages(self, user_ids: Sequence[str], per_user: int) -> list[dict[str, Any]]:
         """`{user_id, message_id, timestamp}` of each user's newest messages."""
@@ -347,11 +496,11 @@ class AnalyticsStore:
         with analytics_errors(), Session(self.engine) as session, session.begin():
             session.merge(state)
 
-    def _of_users(
-        self, query: Select[*tuple[Any, ...]], column: Any, user_ids: Sequence[str]
-    ) -> Iterator[dict[str, Any]]:
-        for chunk in _chunks(user_ids):
-            yield from self._fetch(query.where(column.in_(chunk)))
+    def _stream(self, query: Select[*tuple[Any, ...]]) -> Iterator[list[list[Any]]]:
+        with analytics_errors(), self.engine.connect() as connection:
+            rows = connection.execution_options(yield_per=_STREAM_ROWS).execute(query)
+            for part in rows.partitions():
+                yield [list(column) for column in zip(*part, strict=True)]
 
     def _fetch(self, query: Select[*tuple[Any, ...]]) -> list[dict[str, Any]]:
         with analytics_errors(), self.engine.connect() as connection:
@@ -382,23 +531,124 @@ def open_read_only(settings: Settings) -> Engine:
     return create_engine(_read_only(settings.analytics_database, "sqlite"))
 
 
-def _engagement_query() -> Select[*tuple[Any, ...]]:
-    """Messages whose intent a campaign targets, sent while it ran, by user and campaign."""
+def _mentions(user_ids: Sequence[str]) -> Select[*tuple[Any, ...]]:
+    """The users' messages whose intent a campaign targets, sent while it ran; each once a campaign."""
     return (
         select(
             MessageIntent.user_id,
             CampaignTarget.campaign_id,
-            func.count(MessageIntent.message_id.distinct()).label("count"),
-            func.max(MessageIntent.timestamp).label("last_at"),
+            MessageIntent.timestamp,
+            literal("mention").label("kind"),
+            MessageIntent.message_id.label("id"),
         )
+        .distinct()
         .join(CampaignTarget, CampaignTarget.intent_id == MessageIntent.intent_id)
         .join(CampaignRecord, CampaignRecord.campaign_id == CampaignTarget.campaign_id)
         .where(
+            MessageIntent.user_id.in_(user_ids),
             MessageIntent.timestamp >= CampaignRecord.active_from,
             MessageIntent.timestamp < CampaignRecord.active_until,
         )
-        .group_by(MessageIntent.user_id, CampaignTarget.campaign_id)
     )
+
+
+def _signals(user_ids: Sequence[str]) -> CompoundSelect[*tuple[Any, ...]]:
+    """The users' mentions and events."""
+    events = select(
+        EventRecord.user_id,
+        EventRecord.campaign_id,
+        EventRecord.timestamp,
+        EventRecord.event.label("kind"),
+        EventRecord.event_id.label("id"),
+    ).where(EventRecord.user_id.in_(user_ids))
+    return union_all(_mentions(user_ids), events)
+
+
+def _engagement_query(user_ids: Sequence[str], half_life_days: float) -> Select[*tuple[Any, ...]]:
+    """`schemas.Engagement` of the users, a row by campaign."""
+    signals = _signals(user_ids).subquery()
+    pair = (signals.c.user_id, signals.c.campaign_id)
+    strength = case(ENGAGEMENT_STRENGTH, value=signals.c.kind, else_=0.0)
+    positive_at = case((strength > 0, signals.c.timestamp))
+    dated = select(
+        signals,
+        strength.label("strength"),
+        func.max(positive_at).over(partition_by=pair).label("weight_at"),
+    ).subquery()
+    kind, moment = dated.c.kind, dated.c.timestamp
+
+    def count(one: str) -> ColumnElement[int]:
+        return func.count(case((kind == one, 1)))
+
+    def last(one: str) -> ColumnElement[int | None]:
+        return func.max(case((kind == one, moment)))
+
+    return select(
+        dated.c.user_id,
+        dated.c.campaign_id,
+        count("mention").label("count"),
+        func.coalesce(last("mention"), 0).label("last_at"),
+        count("impression").label("impressions"),
+        count("click").label("clicks"),
+        count("conversion").label("conversions"),
+        count("dismiss").label("dismisses"),
+        func.max(case((kind != "mention", moment))).label("last_event_at"),
+        last("impression").label("last_impression_at"),
+        last("conversion").label("last_conversion_at"),
+        last("dismiss").label("last_dismiss_at"),
+        func.sum(_decayed(dated.c.strength, dated.c.weight_at - moment, half_life_days)).label("weight"),
+        func.max(dated.c.weight_at).label("weight_at"),
+    ).group_by(dated.c.user_id, dated.c.campaign_id)
+
+
+def _expressed_query(user_ids: Sequence[str], half_life_days: float) -> Select[*tuple[Any, ...]]:
+    """`schemas.ExpressedIntent` of the users, a row by intent."""
+    pair = (MessageIntent.user_id, MessageIntent.intent_id)
+    dated = (
+        select(
+            *pair,
+            MessageIntent.confidence,
+            MessageIntent.timestamp,
+            func.max(MessageIntent.timestamp).over(partition_by=pair).label("last_seen"),
+        )
+        .where(MessageIntent.user_id.in_(user_ids), MessageIntent.intent_id != OTHER_INTENT)
+        .subquery()
+    )
+    age = dated.c.last_seen - dated.c.timestamp
+    return select(
+        dated.c.user_id,
+        dated.c.intent_id,
+        func.count().label("count"),
+        func.max(dated.c.last_seen).label("last_seen"),
+        func.avg(dated.c.confidence).label("confidence"),
+        func.sum(_decayed(dated.c.confidence, age, half_life_days)).label("weight"),
+    ).group_by(dated.c.user_id, dated.c.intent_id)
+
+
+def _decayed(value: ColumnElement[float], age_ms: ColumnElement[int], half_life_days: float) -> ColumnElement[float]:
+    """The value, halved for every half-life of its age. 0 stays 0, whatever its age."""
+    half_lives = age_ms / literal(half_life_days * DAY_MS)
+    return case((value == 0, 0.0), (half_lives > _FORGOTTEN, 0.0), else_=value * func.power(0.5, half_lives))
+
+
+def _complete_schema(engine: Engine) -> None:
+    Base.metadata.create_all(engine)
+    with engine.begin() as connection:
+        inspector = inspect(connection)
+        for table in Base.metadata.sorted_tables:
+            known = {column["name"] for column in inspector.get_columns(table.name)}
+            for column in table.columns:
+                if column.name not in known:
+                    _derive_anew(connection)
+                    definition = CreateColumn(column).compile(dialect=engine.dialect)
+                    connection.execute(text(f"ALTER TABLE {table.name} ADD COLUMN {definition}"))
+            for index in table.indexes:
+                index.create(connection, checkfirst=True)
+
+
+def _derive_anew(connection: Connection) -> None:
+    """Make the next run take the catalog for a changed one, so that it refreshes all users."""
+    connection.execute(update(ServingState).values(catalog_version=""))
 
 
 def _chunks(ids: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -428,3 +678,5 @@ def _configure_sqlite(connection: Any, record: ConnectionPoolEntry) -> None:  # 
     cursor.execute("PRAGMA synchronous=FULL")
     cursor.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}")
     cursor.close()
+    # Not every build of SQLite has it.
+    connection.create_function("power", 2, math.pow, deterministic=True)

@@ -1,29 +1,53 @@
-"""MongoDB: the raw messages, the rows that were refused, and which runs were published."""
+"""MongoDB: the raw messages and events, the rows that were refused, and which runs were published."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from bson.errors import InvalidDocument
 from pymongo import MongoClient, ReplaceOne
 from pymongo.errors import ConfigurationError, OperationFailure, PyMongoError
 
 from personalization.errors import StoreError
+from personalization.schemas import Event
 from personalization.settings import Settings
 
 Document = dict[str, Any]
+RecordKind = Literal["message", "event"]
+
+_FILES: dict[RecordKind, str] = {"message": "files", "event": "event_files"}
+_BATCH = 1000
 
 
-class StoredMessage(TypedDict):
-    """What ingest must know of a message that is already stored."""
+class Origin(TypedDict):
+    """Where a message or event came from."""
+
+    run_id: str | None
+    """The run that last took it; None for an event that waits for its first."""
+    attempt: int
+    """Of that run's task; 0 before the first."""
+    source: Document
+    """`{uri}`; from a file also `sha256` and `row`."""
+
+
+class StoredRecord(Origin):
+    """What must be known of a message or event that is already stored, when it comes again."""
 
     _id: str
     user_id: str
     content_hash: str
-    run_id: str
-    attempt: int
-    source: Document
+
+
+def event_document(event: Event, origin: Origin) -> Document:
+    """An event as the collection `events` keeps it. With `run_id` None the next run takes it."""
+    return {
+        "_id": event.event_id,
+        **event.model_dump(exclude={"event_id"}),
+        "content_hash": event.content_hash,
+        "received_at": datetime.now(UTC),
+        **origin,
+    }
 
 
 @contextmanager
@@ -44,15 +68,17 @@ def mongo_errors() -> Iterator[None]:
 
 
 class MongoStore:
-    """Raw messages (`conversations`), refused rows (`quarantine`) and published runs (`runs`)."""
+    """Raw messages (`conversations`) and `events`, refused rows (`quarantine`) and published runs (`runs`)."""
 
     def __init__(self, client: MongoClient[Document], database: str) -> None:
         self.client = client
         # Journalled: an acknowledged message outlives a crash of the server.
         self._db = client.get_database(database)
         self.conversations = self._db["conversations"]
+        self.events = self._db["events"]
         self.quarantine = self._db["quarantine"]
         self.runs = self._db["runs"]
+        self._records = {"message": self.conversations, "event": self.events}
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "MongoStore":
@@ -72,18 +98,19 @@ class MongoStore:
         """Create the secondary indexes that reads rely on. Safe to repeat."""
         with mongo_errors():
             self.conversations.create_index([("user_id", 1), ("timestamp", -1)])
+            self.events.create_index([("run_id", 1), ("_id", 1)])
             self.quarantine.create_index("run_id")
 
-    def stored_messages(self, message_ids: Sequence[str]) -> dict[str, StoredMessage]:
-        """Look up messages by id. One round trip; costs grow with `len(message_ids)`."""
+    def stored(self, kind: RecordKind, ids: Sequence[str]) -> dict[str, StoredRecord]:
+        """Look up messages or events by id. One round trip; costs grow with `len(ids)`."""
         fields = {"user_id": 1, "content_hash": 1, "run_id": 1, "attempt": 1, "source": 1}
         with mongo_errors():
-            found = self.conversations.find({"_id": {"$in": list(message_ids)}}, fields)
+            found = self._records[kind].find({"_id": {"$in": list(ids)}}, fields)
             return {document["_id"]: document for document in found}  # type: ignore[misc]
 
-    def upsert_messages(self, documents: Sequence[Document]) -> None:
-        """Insert or replace messages by `_id`. One round trip a call."""
-        self._replace_all(self.conversations, documents)
+    def upsert(self, kind: RecordKind, documents: Sequence[Document]) -> None:
+        """Insert or replace messages or events by `_id`. One round trip a call."""
+        self._replace_all(self._records[kind], documents)
 
     def upsert_quarantine(self, documents: Sequence[Document]) -> None:
         """Keep refused rows by `_id` (file digest and row), so that a rerun adds none."""
@@ -95,10 +122,31 @@ class MongoStore:
             not_published = {"$unset": {"model": "", "published_at": ""}}
             self.runs.update_one({"_id": run_id}, not_published, upsert=True)
 
-    def record_files(self, run_id: str, files: Sequence[Document]) -> None:
-        """Remember which files a run took."""
+    def claim_events(self, run_id: str) -> None:
+        """Make the events that no published run has taken the run's own: new ones of the API, and those of
+        runs that broke off. One read and one write per 1,000; safe to repeat and to overlap.
+        """
+        not_published = {"published_at": {"$exists": False}, "_id": {"$ne": run_id}}
         with mongo_errors():
-            self.runs.update_one({"_id": run_id}, {"$set": {"files": list(files)}}, upsert=True)
+            broken_off = [run["_id"] for run in self.runs.find(not_published, {"_id": 1})]
+            waiting = {"run_id": {"$in": [None, *broken_off]}}
+            while ids := [one["_id"] for one in self.events.find(waiting, {"_id": 1}).limit(_BATCH)]:
+                self.events.update_many({"_id": {"$in": ids}, **waiting}, {"$set": {"run_id": run_id}})
+                if len(ids) < _BATCH:  # what arrives meanwhile is the next run's
+                    return
+
+    def events_of(self, run_id: str) -> Iterator[list[Document]]:
+        """Yield the run's events by id, 1,000 a round trip."""
+        last = ""
+        with mongo_errors():
+            while page := list(self.events.find({"run_id": run_id, "_id": {"$gt": last}}).sort("_id", 1).limit(_BATCH)):
+                yield page
+                last = page[-1]["_id"]
+
+    def record_files(self, kind: RecordKind, run_id: str, files: Sequence[Document]) -> None:
+        """Remember which files of messages or events a run took."""
+        with mongo_errors():
+            self.runs.update_one({"_id": run_id}, {"$set": {_FILES[kind]: list(files)}}, upsert=True)
 
     def publish_run(self, run_id: str, model: str) -> None:
         """Mark a run's messages as processed in every store, and its files as taken."""
@@ -112,18 +160,30 @@ class MongoStore:
         with mongo_errors():
             return {run["_id"] for run in self.runs.find(query, {"_id": 1})}
 
-    def published_files(self, fingerprints: Iterable[str]) -> set[str]:
+    def runs_published(self, run_ids: Iterable[str]) -> set[str]:
+        """Which of the runs were published, with whatever model."""
+        query = {"_id": {"$in": sorted(set(run_ids))}, "published_at": {"$exists": True}}
+        with mongo_errors():
+            return {run["_id"] for run in self.runs.find(query, {"_id": 1})}
+
+    def published_files(self, kind: RecordKind, fingerprints: Iterable[str]) -> set[str]:
         """Which of these file fingerprints a published run has taken."""
         wanted = list(fingerprints)
+        field = _FILES[kind]
         with mongo_errors():
-            query = {"files.fingerprint": {"$in": wanted}, "published_at": {"$exists": True}}
-            runs = self.runs.find(query, {"files.fingerprint": 1})
-            return {file["fingerprint"] for run in runs for file in run["files"]} & set(wanted)
+            query = {f"{field}.fingerprint": {"$in": wanted}, "published_at": {"$exists": True}}
+            runs = self.runs.find(query, {f"{field}.fingerprint": 1})
+            return {file["fingerprint"] for run in runs for file in run[field]} & set(wanted)
 
     def count_messages(self) -> int:
         """Number of stored messages, from the collection's own counter."""
         with mongo_errors():
             return self.conversations.estimated_document_count()
+
+    def count_events(self) -> int:
+        """Number of stored events, from the collection's own counter."""
+        with mongo_errors():
+            return self.events.estimated_document_count()
 
     @staticmethod
     def _replace_all(collection: Any, documents: Sequence[Document]) -> None:

@@ -1,8 +1,8 @@
 """Neo4j: the User–Intent–Campaign graph.
 
-    (:User {user_id})-[:EXPRESSED {count, last_seen, confidence}]->(:Intent {intent_id})
+    (:User {user_id})-[:EXPRESSED {count, last_seen, confidence, weight}]->(:Intent {intent_id})
     (:Campaign {campaign_id})-[:TARGETS]->(:Intent)
-    (:User)-[:ENGAGED_WITH {count, last_at}]->(:Campaign)
+    (:User)-[:ENGAGED_WITH {count, last_at, weight}]->(:Campaign)
 
 Times are epoch milliseconds. All writes are managed transactions, which retry deadlocks.
 """
@@ -55,7 +55,8 @@ _WRITE_USERS: tuple[LiteralString, ...] = (
        MATCH (u:User {user_id: row.user_id})
        MATCH (i:Intent {intent_id: row.intent_id})
        MERGE (u)-[e:EXPRESSED]->(i)
-       SET e.count = row.count, e.last_seen = row.last_seen, e.confidence = row.confidence""",
+       SET e.count = row.count, e.last_seen = row.last_seen, e.confidence = row.confidence,
+           e.weight = row.weight""",
     """UNWIND $kept AS row
        MATCH (u:User {user_id: row.user_id})-[e:EXPRESSED]->(i:Intent)
        WHERE NOT i.intent_id IN row.intents
@@ -64,7 +65,7 @@ _WRITE_USERS: tuple[LiteralString, ...] = (
        MATCH (u:User {user_id: row.user_id})
        MATCH (c:Campaign {campaign_id: row.campaign_id})
        MERGE (u)-[g:ENGAGED_WITH]->(c)
-       SET g.count = row.count, g.last_at = row.last_at""",
+       SET g.count = row.count, g.last_at = row.last_at, g.weight = row.weight""",
     """UNWIND $kept AS row
        MATCH (u:User {user_id: row.user_id})-[g:ENGAGED_WITH]->(c:Campaign)
        WHERE NOT c.campaign_id IN row.campaigns
@@ -192,6 +193,7 @@ class GraphStore:
     ) -> None:
         """Make the users' edges equal to the rows given: set, never incremented, stale ones deleted.
 
+        Engagement with a campaign that left the catalog gets no edge.
         One transaction of five statements whatever the number of users.
         """
         kept = {user_id: {"user_id": user_id, "intents": [], "campaigns": []} for user_id in user_ids}
@@ -202,7 +204,7 @@ class GraphStore:
         parameters = {
             "user_ids": list(user_ids),
             "expressed": [row.model_dump() for row in expressed],
-            "engaged": [one.model_dump() for one in engaged],
+            "engaged": [_engaged_row(one) for one in engaged],
             "kept": list(kept.values()),
         }
         self._write(_WRITE_USERS, parameters)
@@ -266,6 +268,16 @@ class AsyncGraphReader:
                     query, parameters, database_=self._database, routing_=RoutingControl.READ
                 )
         return [record.data() for record in result.records]
+
+
+def _engaged_row(engagement: Engagement) -> dict[str, Any]:
+    return {
+        "user_id": engagement.user_id,
+        "campaign_id": engagement.campaign_id,
+        "count": engagement.signals,
+        "last_at": engagement.weight_at,
+        "weight": engagement.weight,
+    }
 
 
 def _campaign_row(campaign: Campaign) -> dict[str, Any]:
