@@ -45,6 +45,43 @@ def run(
 
 
 @app.command()
+def evaluate(
+    messages: Annotated[Path, typer.Option(help="Messages: JSON array or NDJSON, plain or gzipped.")],
+    events: Annotated[Path, typer.Option(help="Events: CSV, JSON array or NDJSON, plain or gzipped.")],
+    catalog: Annotated[Path, typer.Option(help="Folder of the catalog. Campaigns may come without intents.")],
+    split_at: Annotated[str, typer.Option(help="First split: ISO 8601. Policies know only what lies before it.")],
+    every: Annotated[str | None, typer.Option(help="Split again so often, such as 7d or 12h.")] = None,
+    horizon: Annotated[str | None, typer.Option(help="How far behind a split counts, such as 7d. To the end.")] = None,
+    until: Annotated[str | None, typer.Option(help="No horizon ends behind it: ISO 8601. The last event.")] = None,
+    task: Annotated[str, typer.Option(help="new: campaigns new to the user; any: all.")] = "new",
+    policies: Annotated[str | None, typer.Option(help="Some of them, by comma. All but single ablations.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Every figure with its interval, as JSON.")] = False,
+) -> None:
+    """Replay anybody's data: what would each policy have shown, and what did users then engage with?
+
+    Needs no running stack. At each split only what lies before it is known.
+    """
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    from personalization.evaluation.command import evaluate_files, print_report
+
+    report = evaluate_files(
+        messages=messages,
+        events=events,
+        catalog=catalog,
+        split_at=split_at,
+        every=every,
+        horizon=horizon,
+        until=until,
+        task=task,
+        policies=policies.split(",") if policies else None,
+    )
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        print_report(report, console)
+
+
+@app.command()
 def demo(
     input_path: Annotated[Path | None, typer.Option("--input", help="Your own file instead of the sample.")] = None,
     events: Annotated[

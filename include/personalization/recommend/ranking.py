@@ -1,88 +1,208 @@
-"""Ranking: evidence to scored campaigns, each score the sum of its sources' shares."""
+"""Ranking: the sources' scores to one score a campaign, each score split into what the sources gave to it."""
 
-import math
-from collections import defaultdict
-from typing import Literal, NamedTuple
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol, Self
 
-from personalization.recommend.candidates import Evidence
-from personalization.stores.neo4j import CampaignRow
+import lightgbm
+import numpy as np
+from scipy.stats import rankdata
 
-Source = Literal["own_intents", "similar_users", "popularity"]
+from personalization.recommend.sources import (
+    SOURCES,
+    CampaignKnowledge,
+    Matrix,
+    Scores,
+    Source,
+    UserKnowledge,
+    score_context,
+    score_sources,
+)
 
-WEIGHTS: dict[Source, float] = {"own_intents": 0.6, "similar_users": 0.25, "popularity": 0.15}
-"""What each source may add to a score at most; they sum to 1."""
+Shares = np.ndarray[tuple[int, int, int], np.dtype[np.float32]]
 
-_HALF_LIFE_MS = 30 * 86_400_000
+FUSION_DEPTH = 20
+"""Rank at which a source's vote has halved (k of reciprocal rank fusion)."""
 
-
-class Ranked(NamedTuple):
-    """A campaign with what each source added to its score."""
-
-    campaign: CampaignRow
-    shares: dict[Source, float]
-
-    @property
-    def score(self) -> float:
-        """Sum of the shares, from 0 to 1."""
-        return round(sum(self.shares.values()), 4)
-
-
-def rank(evidence: Evidence) -> list[Ranked]:
-    """Active campaigns that the user's intents or similar users speak for, best first.
-
-    Every source is scaled by its largest value, so that none drowns another by its unit.
-    """
-    ranked = _ranked(evidence, {"own_intents": _own(evidence), "similar_users": _similar(evidence)})
-    return [one for one in ranked if one.shares]  # a share can round to nothing
+_SOURCE_OF_CONTEXT: dict[str, Source] = {
+    "trend_1d": "popularity",
+    "trend_3d": "popularity",
+    "trend_7d": "popularity",
+    "trend_30d": "popularity",
+    "engaged_users": "popularity",
+    "age_days": "recency",
+    "user_messages": "popularity",
+    "user_engagement": "popularity",
+    "profile_similarity": "message_similarity",
+    "audience_interest": "audience_similarity",
+    "neighbours": "similar_users",
+    "category_affinity": "own_engagement",
+}
+_RISING = frozenset(SOURCES)
+"""More of a source must never lower a score; context may do either."""
 
 
-def rank_popular(evidence: Evidence) -> list[Ranked]:
-    """Active campaigns by engaged users: for a user nothing is known of."""
-    return _ranked(evidence, {"popularity": {one["campaign_id"]: 0.0 for one in evidence.campaigns}})
+@dataclass(frozen=True)
+class Evidence:
+    """The scores a ranker works on, (B, C) each."""
+
+    sources: dict[Source, Matrix]
+    context: Scores
+
+    @classmethod
+    def of(cls, campaigns: CampaignKnowledge, users: UserKnowledge) -> Self:
+        """Ask every source."""
+        return cls(score_sources(campaigns, users), score_context(campaigns, users))
+
+    @cached_property
+    def ranks(self) -> dict[Source, Matrix]:
+        """Share of the candidates that each one is ahead of, ties in the middle, (B, C) each in 0..1."""
+        return {source: _ahead_of(scores) for source, scores in self.sources.items()}
 
 
-def _ranked(evidence: Evidence, sources: dict[Source, dict[str, float]]) -> list[Ranked]:
-    candidates = {campaign_id for scores in sources.values() for campaign_id in scores}
-    sources = {**sources, "popularity": _popularity(evidence)}
-    scaled = {source: _scaled(scores, WEIGHTS[source]) for source, scores in sources.items()}
-    ranked = [
-        Ranked(
-            campaign,
-            {
-                source: shares[campaign["campaign_id"]]
-                for source, shares in scaled.items()
-                if shares.get(campaign["campaign_id"])
-            },
+class Ranker(Protocol):
+    """Scores candidates from the evidence."""
+
+    version: str
+
+    def score(self, evidence: Evidence) -> Matrix:
+        """(B, C) scores from 0 to 1, higher is better."""
+
+    def shares(self, evidence: Evidence) -> tuple[list[Source], Shares]:
+        """What each source gave to each score, (B, C, S); sums over S to the score."""
+
+
+@dataclass(frozen=True)
+class RankFusion:
+    """Weighted reciprocal rank fusion (Cormack, Clarke and Büttcher 2009): needs no feedback at all."""
+
+    weights: dict[Source, float]
+    version: str = "fusion"
+
+    def score(self, evidence: Evidence) -> Matrix:
+        """(B, C) sum of the sources' votes, as a part of the most that is possible."""
+        return np.asarray(self.shares(evidence)[1].sum(axis=2), dtype=np.float32)
+
+    def shares(self, evidence: Evidence) -> tuple[list[Source], Shares]:
+        """The votes: weight · k / (k + rank - 1), none where the source says nothing."""
+        names = list(self.weights)
+        total = sum(self.weights.values())
+        votes = [self.weights[name] / total * _vote(evidence.sources[name], evidence.ranks[name]) for name in names]
+        return names, np.stack(votes, axis=2).astype(np.float32)
+
+
+DEFAULT_FUSION = RankFusion(
+    {
+        "own_intents": 1.0,
+        "own_engagement": 1.0,
+        "similar_users": 1.0,
+        "co_engagement": 1.0,
+        "graph_walk": 1.0,
+        "message_similarity": 1.0,
+        "audience_similarity": 1.0,
+        "popularity": 1.0,
+        "recency": 1.0,
+    }
+)
+
+
+@dataclass(frozen=True)
+class LearnedRanker:
+    """Gradient-boosted trees (LightGBM) over the sources' scores and ranks, fitted to feedback."""
+
+    model: str
+    """LightGBM's text format."""
+    features: tuple[str, ...]
+    version: str
+
+    @cached_property
+    def booster(self) -> lightgbm.Booster:
+        """The model, parsed once."""
+        return lightgbm.Booster(model_str=self.model)
+
+    def score(self, evidence: Evidence) -> Matrix:
+        """(B, C) probability that a user who engages with anything soon engages with this one."""
+        matrix = feature_matrix(evidence, self.features)
+        scores = np.asarray(self.booster.predict(matrix.reshape(-1, matrix.shape[2]), num_threads=1))
+        return scores.reshape(matrix.shape[:2]).astype(np.float32)
+
+    def shares(self, evidence: Evidence) -> tuple[list[Source], Shares]:
+        """The score, split by what speaks for it: the positive SHAP values (Lundberg and Lee 2017) of the sources."""
+        matrix = feature_matrix(evidence, self.features)
+        flat = np.asarray(self.booster.predict(matrix.reshape(-1, matrix.shape[2]), pred_contrib=True, num_threads=1))
+        names = list(dict.fromkeys(source_of(feature) for feature in self.features))
+        given = np.stack(
+            [
+                flat[:, [at for at, feature in enumerate(self.features) if source_of(feature) == name]].sum(axis=1)
+                for name in names
+            ],
+            axis=1,
         )
-        for campaign in evidence.campaigns
-        if campaign["campaign_id"] in candidates
-    ]
-    return sorted(ranked, key=lambda one: (-one.score, one.campaign["campaign_id"]))
+        positive = np.maximum(given, 0) + 1e-9
+        parts = (positive / positive.sum(axis=1, keepdims=True)).reshape(*matrix.shape[:2], len(names))
+        return names, (parts * self.score(evidence)[:, :, None]).astype(np.float32)
+
+    def to_json(self) -> str:
+        """All of it as text, for the store."""
+        return json.dumps(
+            {
+                "model": self.model,
+                "features": self.features,
+                "version": self.version,
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Back from the store."""
+        stored = json.loads(text)
+        return cls(stored["model"], tuple(stored["features"]), stored["version"])
 
 
-def _own(evidence: Evidence) -> dict[str, float]:
-    """How often, how clearly and how recently the user expressed the campaign's intents."""
-    newest = max((row["last_seen"] for row in evidence.own_intents), default=0)
-    scores: dict[str, float] = defaultdict(float)
-    for row in evidence.own_intents:
-        recency = 0.5 ** ((newest - row["last_seen"]) / _HALF_LIFE_MS)
-        scores[row["campaign_id"]] += math.log1p(row["count"]) * max(row["confidence"], 0.0) * recency
-    return scores
+def all_features(without: Iterable[Source] = ()) -> tuple[str, ...]:
+    """Names of the features of all sources but some."""
+    dropped = set(without)
+    names = [f"{kind}:{source}" for source in SOURCES for kind in ("score", "rank")]
+    names += [f"context:{name}" for name in _SOURCE_OF_CONTEXT]
+    return tuple(name for name in names if source_of(name) not in dropped)
 
 
-def _similar(evidence: Evidence) -> dict[str, float]:
-    """How much users with a similar vector engaged with the campaign, by similarity."""
-    similarity = {one["user_id"]: one["similarity"] for one in evidence.neighbours}
-    scores: dict[str, float] = defaultdict(float)
-    for row in evidence.neighbours_campaigns:
-        scores[row["campaign_id"]] += similarity[row["user_id"]] * math.log1p(row["count"])
-    return scores
+def source_of(feature: str) -> Source:
+    """The source that a feature belongs to."""
+    kind, _, name = feature.partition(":")
+    return _SOURCE_OF_CONTEXT[name] if kind == "context" else name  # type: ignore[return-value]
 
 
-def _popularity(evidence: Evidence) -> dict[str, float]:
-    return {campaign_id: math.log1p(users) for campaign_id, users in evidence.engaged_users.items()}
+def monotone(features: Sequence[str]) -> list[int]:
+    """LightGBM's constraints: 1 where more may only raise the score."""
+    return [int(feature.partition(":")[2] in _RISING) for feature in features]
 
 
-def _scaled(scores: dict[str, float], weight: float) -> dict[str, float]:
-    largest = max(scores.values(), default=0.0)
-    return {key: round(weight * value / largest, 4) for key, value in scores.items()} if largest else {}
+def feature_matrix(evidence: Evidence, features: Sequence[str]) -> Shares:
+    """(B, C, F)."""
+    columns: list[Matrix] = []
+    for feature in features:
+        kind, _, name = feature.partition(":")
+        if kind == "context":
+            columns.append(evidence.context[name])
+        else:
+            columns.append((evidence.sources if kind == "score" else evidence.ranks)[name])  # type: ignore[index]
+    return np.stack(columns, axis=2).astype(np.float32)
+
+
+def _ahead_of(scores: Matrix) -> Matrix:
+    count = scores.shape[1]
+    if count < 2:
+        return np.zeros_like(scores)
+    if scores.shape[0] > 1 and scores.strides[0] == 0:  # broadcast: alike for all users
+        return np.broadcast_to(_ahead_of(scores[:1]), scores.shape)
+    return ((rankdata(scores, axis=1) - 1) / (count - 1)).astype(np.float32)
+
+
+def _vote(scores: Matrix, ranks: Matrix) -> Matrix:
+    """(B, C) votes from 0 to 1; none for a score of 0, nor where all scores are alike."""
+    place = (1 - ranks) * max(scores.shape[1] - 1, 0)
+    differ = scores.max(axis=1, keepdims=True, initial=0) > scores.min(axis=1, keepdims=True, initial=np.inf)
+    return np.where((scores > 0) & differ, FUSION_DEPTH / (FUSION_DEPTH + place), 0).astype(np.float32)

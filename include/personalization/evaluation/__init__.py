@@ -1,0 +1,1 @@
+"""Offline evaluation: is what is shown worth more than the most popular campaigns?"""

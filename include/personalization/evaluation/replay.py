@@ -1,0 +1,201 @@
+"""Replay: at each split, what would each policy have shown, and what did the users then engage with?
+
+A strict split in time: a policy sees what lies before the split and nothing else; a ranker learns from
+moments whose whole horizon lies before it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import structlog
+
+from personalization.evaluation.policies import ABLATIONS, BASELINES, FUSIONS, TRAINED, Moment
+from personalization.learning.history import History
+from personalization.learning.metrics import (
+    METRICS,
+    Interval,
+    calibration_error,
+    interval,
+    novelty,
+    top_places,
+    user_metrics,
+)
+from personalization.learning.training import MOMENTS, Example, Task, choose_ranker, fit_ranker, take_example
+from personalization.recommend.ranking import LearnedRanker, Ranker, all_features
+from personalization.recommend.sources import DAY_MS, Matrix, Vector, Whole
+
+REFERENCE = "shipped"
+_COLD_MESSAGES = 1
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When to split, and what counts."""
+
+    split_at: int
+    """Epoch milliseconds of the first split."""
+    every_ms: int
+    horizon_ms: int
+    until: int
+    """No horizon ends behind it."""
+    task: Task = "new"
+
+    @property
+    def splits(self) -> list[int]:
+        """The first split, and every later one whose horizon ends by `until`."""
+        last = max(self.until - self.horizon_ms, self.split_at)
+        return list(range(self.split_at, last + 1, self.every_ms))
+
+
+@dataclass
+class Outcome:
+    """What a policy achieved, a row for each user and split."""
+
+    owners: list[Whole] = field(default_factory=list)
+    cold: list[Vector] = field(default_factory=list)
+    values: dict[str, list[Vector]] = field(default_factory=lambda: {name: [] for name in (*METRICS, "novelty@10")})
+    shown: set[tuple[int, int]] = field(default_factory=set)
+    probabilities: list[Vector] = field(default_factory=list)
+    outcomes: list[Vector] = field(default_factory=list)
+
+    def column(self, metric: str) -> Vector:
+        """Of all splits, in order."""
+        return np.concatenate(self.values[metric])
+
+
+class Replay:
+    """Runs policies over the splits of a plan. Evidence is drawn once a moment, whatever the policies."""
+
+    def __init__(self, history: History, plan: Plan) -> None:
+        self._history = history
+        self._plan = plan
+        self._examples: dict[int, Example] = {}
+        self.rankers: dict[int, str] = {}
+        """Version of the ranker that the shipped policy used at each split."""
+
+    def run(self, policies: Sequence[str], progress: Callable[[int], None] = lambda done: None) -> dict[str, Outcome]:
+        """Outcome of each policy over all splits."""
+        outcomes = {name: Outcome() for name in policies}
+        for done, split in enumerate(self._plan.splits, start=1):
+            example = self._example(split)
+            if len(example.users):
+                self._run_split(example, outcomes)
+            progress(done)
+        return outcomes
+
+    def _run_split(self, example: Example, outcomes: dict[str, Outcome]) -> None:
+        moment = Moment(example, self._history.before(example.moment))
+        total = max(len(self._history.user_ids), 1)
+        popularity = np.expm1(example.evidence.context["engaged_users"][0]) / total
+        is_cold = np.expm1(example.evidence.context["user_messages"][:, 0]) <= _COLD_MESSAGES
+        is_cold &= example.evidence.context["user_engagement"][:, 0] == 0
+        past = self._past(example.moment)
+        for name, outcome in outcomes.items():
+            ranker = self._ranker(name, past, example.moment)
+            scores = ranker.score(example.evidence) if ranker else BASELINES[name](moment)
+            _keep(outcome, example, scores, popularity, is_cold)
+            if isinstance(ranker, LearnedRanker):
+                outcome.probabilities.append(scores[example.allowed])
+                outcome.outcomes.append(example.truth[example.allowed].astype(float))
+
+    def _ranker(self, name: str, past: list[Example], moment: int) -> Ranker | None:
+        if name in FUSIONS:
+            return FUSIONS[name]
+        trained = TRAINED.get(name) or ABLATIONS.get(name)
+        if trained is None:
+            return None
+        if trained.gated:
+            chosen = choose_ranker(past)
+            self.rankers[moment] = chosen.ranker.version
+            return chosen.ranker
+        return fit_ranker(past, all_features(trained.without)) or FUSIONS["fusion"]
+
+    def _past(self, split: int) -> list[Example]:
+        """Examples of moments whose horizon ends by the split, oldest first."""
+        step = self._plan.every_ms
+        newest = split - -(-self._plan.horizon_ms // step) * step
+        oldest = int(self._history.signals.at[0]) if len(self._history.signals.at) else split
+        moments = [newest - back * step for back in range(MOMENTS)]
+        return [self._example(moment) for moment in reversed(moments) if moment > oldest]
+
+    def _example(self, moment: int) -> Example:
+        if moment not in self._examples:
+            self._examples[moment] = take_example(self._history, moment, self._plan.horizon_ms, self._plan.task)
+        return self._examples[moment]
+
+
+def _keep(outcome: Outcome, example: Example, scores: Matrix, popularity: Vector, is_cold: Vector) -> None:
+    outcome.owners.append(example.users)
+    outcome.cold.append(is_cold)
+    for metric, values in user_metrics(scores, example.allowed, example.truth).items():
+        outcome.values[metric].append(values)
+    top = top_places(scores, example.allowed)[:, :10]
+    outcome.values["novelty@10"].append(novelty(top, popularity))
+    outcome.shown |= {(example.moment, int(column)) for column in np.unique(example.columns[top])}
+
+
+def summarise(replay: Replay, plan: Plan, outcomes: dict[str, Outcome], history: History) -> dict[str, Any]:
+    """Every metric of every policy with its interval, and the paired differences from the shipped one.
+
+    Raises nothing where no user engaged: then there is nothing to report, and `users` is 0.
+    """
+    first = next(iter(outcomes.values()))
+    answers = sum(len(part) for part in first.owners)
+    report: dict[str, Any] = {
+        "task": plan.task,
+        "splits": [_iso(split) for split in plan.splits],
+        "horizon_days": plan.horizon_ms / DAY_MS,
+        "answers": answers,
+        "users": len(np.unique(np.concatenate(first.owners))) if answers else 0,
+        "policies": {},
+        "differences": {},
+    }
+    if not answers:
+        return report
+    candidates = {(split, int(column)) for split in plan.splits for column in replay._example(split).columns}
+    owners = np.concatenate(first.owners)
+    cold = np.concatenate(first.cold)
+    report["candidates_per_split"] = len(candidates) / len(plan.splits)
+    for name, outcome in outcomes.items():
+        entry: dict[str, Any] = {metric: _shown(interval(outcome.column(metric), owners)) for metric in outcome.values}
+        entry["coverage@10"] = round(len(outcome.shown) / max(len(candidates), 1), 4)
+        entry["segments"] = {
+            segment: {
+                "answers": int(chosen.sum()),
+                "ndcg@10": _shown(interval(outcome.column("ndcg@10")[chosen], owners[chosen])),
+            }
+            for segment, chosen in (("cold", cold), ("warm", ~cold))
+            if chosen.any()
+        }
+        if outcome.probabilities:
+            probabilities, truths = np.concatenate(outcome.probabilities), np.concatenate(outcome.outcomes)
+            entry["calibration"] = {
+                "expected_calibration_error": round(calibration_error(probabilities, truths), 5),
+                "brier": round(float(np.mean((probabilities - truths) ** 2)), 5),
+                "mean_probability": round(float(probabilities.mean()), 5),
+                "engaged": round(float(truths.mean()), 5),
+            }
+        report["policies"][name] = entry
+    if REFERENCE in outcomes:
+        best = outcomes[REFERENCE]
+        for name, outcome in outcomes.items():
+            if name != REFERENCE:
+                report["differences"][f"{REFERENCE} - {name}"] = {
+                    metric: _shown(interval(best.column(metric) - outcome.column(metric), owners)) for metric in METRICS
+                }
+    if replay.rankers:
+        report["rankers"] = {_iso(split): version for split, version in replay.rankers.items()}
+    return report
+
+
+def _shown(one: Interval) -> dict[str, float]:
+    return {name: round(value, 5) for name, value in one._asdict().items()}
+
+
+def _iso(moment: int) -> str:
+    return datetime.fromtimestamp(moment / 1000, UTC).isoformat().replace("+00:00", "Z")

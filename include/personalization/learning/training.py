@@ -1,0 +1,162 @@
+"""Training: the ranker fitted to what users engaged with after moments of the past."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import lightgbm
+import numpy as np
+import structlog
+
+from personalization.learning.history import History, take_snapshot
+from personalization.learning.metrics import Mask, user_metrics
+from personalization.recommend.ranking import (
+    DEFAULT_FUSION,
+    Evidence,
+    LearnedRanker,
+    Ranker,
+    all_features,
+    feature_matrix,
+    monotone,
+)
+from personalization.recommend.sources import Matrix, Vector, Whole
+
+Task = Literal["new", "any"]
+"""`new`: campaigns the user has not engaged with yet; `any`: all."""
+
+MOMENTS = 12
+"""Past moments that are learned from."""
+MIN_POSITIVES = 200
+"""Fewest engagements to learn from."""
+_NEGATIVES = 60
+_TREES = 150
+_PARAMETERS = {
+    "objective": "binary",
+    "num_leaves": 15,
+    "learning_rate": 0.05,
+    "min_data_in_leaf": 40,
+    "feature_fraction": 0.7,
+    "bagging_fraction": 0.8,
+    "bagging_freq": 1,
+    "lambda_l2": 5.0,
+    "max_bin": 127,
+    "deterministic": True,
+    "force_row_wise": True,
+    "seed": 0,
+    "verbose": -1,
+    "num_threads": 2,
+}
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A moment of the past: what was known, and what its users did then."""
+
+    moment: int
+    users: Whole
+    """(B,) places of the users who engaged with a candidate within the horizon."""
+    columns: Whole
+    """(C,) places of the candidates in the catalog."""
+    evidence: Evidence
+    allowed: Mask
+    """(B, C) what may be recommended."""
+    truth: Mask
+    """(B, C) what was engaged with."""
+
+
+def take_example(history: History, moment: int, horizon_ms: int, task: Task) -> Example:
+    """Draw the evidence of `moment` for the users who engaged within `horizon_ms` behind it."""
+    snapshot = take_snapshot(history, moment)
+    signals = history.signals
+    shape = (len(history.user_ids), len(history.catalog.ids))
+    seen, then = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
+    before = signals.is_event & (signals.at < moment)
+    within = signals.is_event & (signals.at >= moment) & (signals.at < moment + horizon_ms)
+    seen[signals.user[before], signals.campaign[before]] = True
+    then[signals.user[within], signals.campaign[within]] = True
+    allowed = ~seen[:, snapshot.columns] if task == "new" else np.ones((shape[0], len(snapshot.columns)), dtype=bool)
+    truth = then[:, snapshot.columns] & allowed
+    users = np.flatnonzero(truth.any(axis=1))
+    evidence = Evidence.of(snapshot.campaigns, snapshot.users(users))
+    return Example(moment, users, snapshot.columns, evidence, allowed[users], truth[users])
+
+
+def fit_ranker(examples: Sequence[Example], features: tuple[str, ...] | None = None) -> LearnedRanker | None:
+    """Fit trees to the examples, and the calibration to the newest; None where there is too little to learn from.
+
+    Cost: rows x trees; rows are a user's engagements and up to 60 others for each example.
+    """
+    features = features or all_features()
+    examples = [one for one in examples if len(one.users)]
+    if len(examples) < 2 or sum(int(one.truth.sum()) for one in examples) < MIN_POSITIVES:
+        return None
+    rng = np.random.default_rng(0)
+    parts = [_rows(one, features, rng) for one in examples]
+    matrix, labels, weights = (np.concatenate([part[at] for part in parts]) for at in range(3))
+    booster = lightgbm.train(
+        {**_PARAMETERS, "monotone_constraints": monotone(features)},
+        lightgbm.Dataset(matrix, labels, weight=weights),
+        _TREES,
+    )
+    model = booster.model_to_string()
+    version = "learned-" + hashlib.blake2b(model.encode(), digest_size=6).hexdigest()
+    return LearnedRanker(model, features, version)
+
+
+def _rows(example: Example, features: tuple[str, ...], rng: np.random.Generator) -> tuple[Matrix, Matrix, Matrix]:
+    """All a user engaged with and a draw of what they did not, weighted so that it stands for all of it."""
+    matrix = feature_matrix(example.evidence, features)
+    draw = rng.random(example.truth.shape)
+    draw[~example.allowed | example.truth] = np.inf
+    others = example.allowed & ~example.truth
+    kept = np.zeros_like(example.truth)
+    count = min(_NEGATIVES, draw.shape[1])
+    chosen = np.argpartition(draw, count - 1, axis=1)[:, :count]
+    np.put_along_axis(kept, chosen, True, axis=1)
+    kept &= others
+    stands_for = others.sum(axis=1) / np.maximum(kept.sum(axis=1), 1)
+    take = kept | example.truth
+    weights = np.where(example.truth, 1.0, stands_for[:, None])
+    return matrix[take], example.truth[take].astype(np.float32), weights[take]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The ranker that may serve, and why."""
+
+    ranker: Ranker
+    reason: str
+    gain: float | None = None
+    """Mean NDCG@10 by which the learned ranker beat rank fusion on the newest examples it had not seen."""
+
+
+def choose_ranker(examples: Sequence[Example]) -> Choice:
+    """The learned ranker if it beats rank fusion on examples it was not fitted to, else rank fusion.
+
+    Fits twice: without the newest quarter of the examples, to judge; then with all, to serve.
+    """
+    examples = [one for one in examples if len(one.users)]
+    held_out = max(1, len(examples) // 4)
+    judged = fit_ranker(examples[:-held_out])
+    if judged is None:
+        return Choice(DEFAULT_FUSION, "too little feedback to learn from")
+    gains = np.concatenate(
+        [
+            _ndcg(judged.score(one.evidence), one) - _ndcg(DEFAULT_FUSION.score(one.evidence), one)
+            for one in examples[-held_out:]
+        ]
+    )
+    gain = float(gains.mean())
+    if gain <= 0:
+        return Choice(DEFAULT_FUSION, "the learned ranker is not ahead of rank fusion", gain)
+    ranker = fit_ranker(examples)
+    if ranker is None:
+        return Choice(DEFAULT_FUSION, "too little feedback to learn from")
+    return Choice(ranker, "the learned ranker is ahead of rank fusion", gain)
+
+
+def _ndcg(scores: Matrix, example: Example) -> Vector:
+    return user_metrics(scores, example.allowed, example.truth)["ndcg@10"]
