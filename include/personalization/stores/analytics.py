@@ -411,7 +411,9 @@ class AnalyticsStore:
                 connection.execute(delete(UserEngagement).where(UserEngagement.user_id.in_(chunk)))
                 fresh = _engagement_query(chunk, half_life_days)
                 names = [column.name for column in fresh.selected_columns]
-                rows += connection.execute(insert(UserEngagement).from_select(names, fresh)).rowcount
+                insertion = insert(UserEngagement).from_select(names, fresh)
+                # PostgreSQL's count of an insertion is forgotten otherwise.
+                rows += connection.execute(insertion, execution_options={"preserve_rowcount": True}).rowcount
         return rows
 
     def refresh_campaign_totals(self) -> None:
