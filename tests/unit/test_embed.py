@@ -8,9 +8,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from personalization.errors import EmbeddingError
 from personalization.encoder import Encoder, Vectors, get_encoder
-from personalization.pipeline.embed import embed, embed_catalog, embeddings_of
+from personalization.errors import EmbeddingError
+from personalization.pipeline.embed import (
+    campaign_vectors_of,
+    embed,
+    embed_campaigns,
+    embed_catalog,
+    embeddings_of,
+)
 from personalization.pipeline.ingest import MESSAGE_SCHEMA
 from personalization.pipeline.intents import NearestUtterance
 from personalization.pipeline.lineage import StageReport
@@ -226,7 +232,7 @@ def test_every_utterance_is_staged_with_its_intent(encoder: Encoder, staging: St
     examples = ["I want to fly to Lisbon", "a plane ticket, please", "My card was stolen"]
     assert table.column("intent_id").to_pylist() == ["flights", "flights", "cards"]
     np.testing.assert_array_equal(embeddings_of(table), encoder.encode(examples))
-    assert (report.rows_in, report.rows_out, report.skipped) == (3, 3, 0)
+    assert (report.rows_in, report.rows_out, report.skipped) == (4, 4, 0)  # and the campaign
 
 
 def test_the_same_utterances_are_embedded_once_for_all_runs(encoder: Encoder, staging: Staging, settings: Settings):
@@ -234,13 +240,23 @@ def test_the_same_utterances_are_embedded_once_for_all_runs(encoder: Encoder, st
     asked_for_a_model = get_encoder.cache_info()
     report = new_report()
     other_run = Staging(str(staging.base), "another run")
-    other_campaigns = [{"id": "ski_weeks", "name": "Ski weeks", "intents": ["flights"]}]
 
-    second = utterances(report, other_run, settings, campaigns=other_campaigns)
+    second = utterances(report, other_run, settings)
 
     assert second == first
     assert get_encoder.cache_info() == asked_for_a_model
-    assert (report.rows_in, report.rows_out, report.skipped) == (3, 0, 3)
+    assert (report.rows_in, report.rows_out, report.skipped) == (4, 0, 4)
+
+
+def test_another_campaign_leaves_the_utterances_as_they_are(encoder: Encoder, staging: Staging, settings: Settings):
+    first = utterances(new_report(), staging, settings)
+    report = new_report()
+    other_campaigns = [{"id": "ski_weeks", "name": "Ski weeks", "intents": ["flights"]}]
+
+    second = utterances(report, staging, settings, campaigns=other_campaigns)
+
+    assert second == first
+    assert (report.rows_in, report.rows_out, report.skipped) == (4, 1, 3)
 
 
 def test_another_utterance_is_embedded_anew(encoder: Encoder, staging: Staging, settings: Settings):
@@ -251,14 +267,37 @@ def test_another_utterance_is_embedded_anew(encoder: Encoder, staging: Staging, 
     second = utterances(report, staging, settings, intents=intents)
 
     assert second["uri"] != first["uri"]
-    assert report.rows_out == 3
+    assert (report.rows_out, report.skipped) == (3, 1)
     assert read(first).num_rows == 3
+
+
+def test_what_campaigns_say_is_found_in_the_catalog_s_order_and_embedded_once_a_text(
+    encoder: Encoder, staging: Staging, settings: Settings
+):
+    def campaigns(**texts: str) -> Catalog:
+        return Catalog.model_validate(
+            {"campaigns": [{"id": one, "name": one, "description": text} for one, text in texts.items()]}
+        )
+
+    catalog = campaigns(sale="Shoes at half price", ski="A week in the Alps")
+    staged = read(embed_campaigns(new_report(), catalog=catalog, staging=staging, settings=settings))
+    again, edited = new_report(), new_report()
+    embed_campaigns(again, catalog=catalog, staging=staging, settings=settings)
+    other = campaigns(sale="Boots at half price", ski="A week in the Alps")
+    embed_campaigns(edited, catalog=other, staging=staging, settings=settings)
+
+    vectors = campaign_vectors_of(staged, Catalog(campaigns=catalog.campaigns[::-1]))
+    np.testing.assert_array_equal(
+        vectors, encoder.encode(["sale. Shoes at half price", "ski. A week in the Alps"])[::-1]
+    )
+    assert (again.rows_out, again.skipped) == (0, 2)
+    assert (edited.rows_out, edited.skipped) == (2, 0)
 
 
 def test_a_catalog_without_intents_is_staged_without_a_model(staging: Staging, settings: Settings):
     asked_for_a_model = get_encoder.cache_info()
 
-    table = read(utterances(new_report(), staging, settings, intents=[], campaigns=[{"id": "sale", "name": "Sale"}]))
+    table = read(utterances(new_report(), staging, settings, intents=[], campaigns=[]))
 
     assert table.schema.field("intent_id").type == pa.string()
     assert embeddings_of(table).shape == (0, settings.embedding_dim)

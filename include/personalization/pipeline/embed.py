@@ -1,5 +1,6 @@
 """Embed: the texts of shards and of the catalog to vectors, staged."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -34,25 +35,27 @@ def embed(report: StageReport, shard: Ref, *, staging: Staging, settings: Settin
 
 
 def embed_catalog(report: StageReport, *, catalog: Catalog, staging: Staging, settings: Settings) -> Ref:
-    """Stage `intent_id, embedding` of every example utterance.
+    """Stage `intent_id, embedding` of every example utterance, and what campaigns say beside it.
 
-    The file is named by the utterances and the model, outside any run; where it exists, nothing is embedded.
+    The files are named by their texts and the model, outside any run; where one exists, nothing is embedded for it.
     """
-    name = f"{catalog.intents_version}-{_file_name(settings.embedding_model)}-{settings.embedding_dim}.parquet"
-    examples = [(intent.id, example) for intent in catalog.intents for example in intent.examples]
-    report.rows_in = len(examples)
-    shared = Staging(str(staging.base), SHARED_FOLDER)
-    if (known := shared.find(name)) is not None:
-        report.skipped = len(examples)
-        return known
-    vectors = np.zeros((0, settings.embedding_dim), dtype=np.float32)
-    if examples:
-        encoder = get_encoder(settings.embedding_model, settings.embedding_dim, settings.embedding_batch_size)
-        vectors = encoder.encode([example for _, example in examples])
-    intent_ids = pa.array([intent_id for intent_id, _ in examples], pa.string())
-    table = pa.table({"intent_id": intent_ids, "embedding": _as_column(vectors)})
-    report.rows_out = len(examples)
-    return shared.write(name, table)
+    utterances = [(intent.id, example) for intent in catalog.intents for example in intent.examples]
+    staged = _embed_once("intent_id", utterances, catalog.intents_version, staging, settings, report)
+    embed_campaigns(report, catalog=catalog, staging=staging, settings=settings)
+    return staged
+
+
+def embed_campaigns(report: StageReport, *, catalog: Catalog, staging: Staging, settings: Settings) -> Ref:
+    """Stage `campaign_id, embedding` of what every campaign says; where that is staged, nothing is embedded."""
+    texts = [(campaign.id, campaign.text) for campaign in catalog.campaigns]
+    digest = hashlib.blake2b("\0".join(part for pair in texts for part in pair).encode(), digest_size=8)
+    return _embed_once("campaign_id", texts, f"campaigns-{digest.hexdigest()}", staging, settings, report)
+
+
+def campaign_vectors_of(table: pa.Table, catalog: Catalog) -> Vectors:
+    """What `embed_campaigns` staged, in the catalog's order, shape (campaigns, dim)."""
+    place = {campaign_id: at for at, campaign_id in enumerate(table.column("campaign_id").to_pylist())}
+    return embeddings_of(table)[[place[one.id] for one in catalog.campaigns]]
 
 
 def embeddings_of(table: pa.Table) -> Vectors:
@@ -60,6 +63,30 @@ def embeddings_of(table: pa.Table) -> Vectors:
     column = table.column("embedding").combine_chunks()
     flat: np.ndarray[Any, np.dtype[np.float32]] = column.flatten().to_numpy(zero_copy_only=False)
     return flat.reshape(len(column), column.type.list_size)
+
+
+def _embed_once(
+    column: str,
+    texts: list[tuple[str, str]],
+    version: str,
+    staging: Staging,
+    settings: Settings,
+    report: StageReport,
+) -> Ref:
+    """Stage the texts' vectors beside their ids, unless that was done in any run."""
+    name = f"{version}-{_file_name(settings.embedding_model)}-{settings.embedding_dim}.parquet"
+    report.rows_in += len(texts)
+    shared = Staging(str(staging.base), SHARED_FOLDER)
+    if (known := shared.find(name)) is not None:
+        report.skipped += len(texts)
+        return known
+    vectors = np.zeros((0, settings.embedding_dim), dtype=np.float32)
+    if texts:
+        encoder = get_encoder(settings.embedding_model, settings.embedding_dim, settings.embedding_batch_size)
+        vectors = encoder.encode([text for _, text in texts])
+    ids = pa.array([one for one, _ in texts], pa.string())
+    report.rows_out += len(texts)
+    return shared.write(name, pa.table({column: ids, "embedding": _as_column(vectors)}))
 
 
 def _as_column(vectors: Vectors) -> pa.FixedSizeListArray:
