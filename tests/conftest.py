@@ -1,18 +1,25 @@
 """Shared by all tests: free ports, the real stores, and settings that point at them."""
 
+import json
 import os
+import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from neo4j import GraphDatabase
 from personalization.local.config import StackConfig
 from personalization.local.stack import Stack
 from personalization.settings import Settings
+from pydantic import SecretStr
 from pymilvus import MilvusClient
 from pymongo import MongoClient
 from redis import Redis
+from sqlalchemy import create_engine, text
 
 PROJECT = Path(__file__).parents[1]
 SAMPLE = PROJECT / "include" / "data" / "sample_conversations.json"
@@ -89,3 +96,86 @@ def empty_stores(settings: Settings) -> None:
         graph.execute_query("MATCH (n) DETACH DELETE n", database_=settings.neo4j_database)
     with Redis.from_url(settings.redis_url.get_secret_value()) as redis:
         redis.flushdb()
+
+
+class Stores:
+    """What a person with a shell on each store would see."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.mongo = MongoClient(settings.mongodb_uri.get_secret_value())[settings.mongodb_database]
+        self.milvus = MilvusClient(uri=settings.milvus_uri)
+        auth = (settings.neo4j_user, settings.neo4j_password.get_secret_value())
+        self.driver = GraphDatabase.driver(settings.neo4j_uri, auth=auth)
+        self.redis = Redis.from_url(settings.redis_url.get_secret_value())
+
+    def close(self) -> None:
+        self.mongo.client.close()
+        self.milvus.close()
+        self.driver.close()
+        self.redis.close()
+
+    def sql(self, query: str) -> list[tuple[Any, ...]]:
+        engine = create_engine(f"sqlite:///{self.settings.sqlite_path}")
+        with engine.connect() as connection:
+            rows = [tuple(row) for row in connection.execute(text(query))]
+        engine.dispose()
+        return rows
+
+    def cypher(self, query: str) -> Any:
+        records = self.driver.execute_query(query, database_=self.settings.neo4j_database).records
+        return records[0][0]
+
+    def vectors(self, alias: str) -> int:
+        rows = self.milvus.query(alias, filter="", output_fields=["count(*)"], consistency_level="Strong")
+        return int(rows[0]["count(*)"])
+
+    def snapshot(self) -> dict[str, Any]:
+        """Every count and every derived row."""
+        return {
+            "messages": self.mongo.conversations.count_documents({}),
+            "events": self.mongo.events.count_documents({}),
+            "quarantine": self.mongo.quarantine.count_documents({}),
+            "vectors": self.vectors("messages"),
+            "profiles": self.vectors("users"),
+            "nodes": self.cypher("MATCH (n) RETURN count(n)"),
+            "edges": self.cypher("MATCH ()-[r]->() RETURN count(r)"),
+            "expressed": self.cypher("MATCH ()-[e:EXPRESSED]->() RETURN sum(e.count)"),
+            "engaged": self.cypher("MATCH ()-[e:ENGAGED_WITH]->() RETURN sum(e.count)"),
+            "intents": self.sql("SELECT message_id, intent_id, user_id FROM message_intents ORDER BY 1"),
+            "all_events": self.sql("SELECT event_id, user_id, campaign_id, event, timestamp FROM events ORDER BY 1"),
+            "engagement": self.sql("SELECT * FROM user_engagement ORDER BY 1, 2"),
+            "campaigns": self.sql("SELECT * FROM campaigns ORDER BY 1"),
+            "generation": self.redis.get("personalization:generation"),
+        }
+
+
+@pytest.fixture
+def stores(settings: Settings) -> Iterator[Stores]:
+    stores = Stores(settings)
+    yield stores
+    stores.close()
+
+
+def stage(summary: Any, name: str) -> dict[str, Any]:
+    return next(one for one in summary["stages"] if one["stage"] == name)
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def kill_after(last_words: str, settings: Settings, *arguments: str) -> None:
+    """Run `personalization run` as a process of its own, and SIGKILL it when its log says `last_words`."""
+    env = {
+        name.upper(): value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+        for name, value in settings.model_dump(exclude_none=True).items()
+    }
+    command = [sys.executable, "-m", "personalization", "run", *arguments]
+    with subprocess.Popen(command, env=os.environ | env, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if last_words in line:
+                process.kill()
+        assert process.wait() == -signal.SIGKILL
