@@ -344,7 +344,7 @@ class ExpressedIntent(BaseModel):
     last_seen: int
     """Epoch milliseconds."""
     confidence: float
-    """Mean cosine to the nearest example utterance."""
+    """Mean probability of the intent in the messages that express it."""
     weight: float
     """Sum of the confidences, each halved for every half-life by which it is older than `last_seen`."""
 

@@ -64,14 +64,18 @@ class Settings(BaseSettings):
     shard_rows: int = Field(default=5000, ge=1, description="Messages in a staged shard; bounds a task's memory.")
     max_message_chars: int = Field(default=8192, ge=1)
     max_reject_ratio: float = Field(default=0.5, ge=0, le=1)
-    intent_threshold: float = Field(
-        default=0.45,
-        ge=-1,
-        le=1,
-        description="Least cosine to an example utterance for an intent but `other`.",
+    intent_keep: float = Field(
+        default=0.94,
+        ge=0.5,
+        lt=1,
+        description="Share of messages that express an intent of the catalog to keep; the others become `other`. "
+        "Lower refuses more.",
     )
     profile_half_life_days: float = Field(default=30.0, gt=0)
     profile_max_messages: int = Field(default=200, ge=1, description="Newest messages that make a user's vector.")
+    learning_max_messages: int = Field(
+        default=200_000, ge=1, description="Newest messages whose vectors are learned from and evaluated on."
+    )
 
     # --- serving
     cache_ttl_s: int = Field(default=300, ge=1)

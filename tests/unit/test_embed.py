@@ -18,9 +18,8 @@ from personalization.pipeline.embed import (
     embeddings_of,
 )
 from personalization.pipeline.ingest import MESSAGE_SCHEMA
-from personalization.pipeline.intents import NearestUtterance
 from personalization.pipeline.lineage import StageReport
-from personalization.schemas import OTHER_INTENT, Catalog
+from personalization.schemas import Catalog
 from personalization.settings import Settings
 from personalization.staging import Staging, read
 
@@ -302,63 +301,3 @@ def test_a_catalog_without_intents_is_staged_without_a_model(staging: Staging, s
     assert table.schema.field("intent_id").type == pa.string()
     assert embeddings_of(table).shape == (0, settings.embedding_dim)
     assert get_encoder.cache_info() == asked_for_a_model
-
-
-# --- what a message expresses
-
-
-def test_the_nearest_utterance_decides_if_it_is_near_enough(encoder: Encoder, staging: Staging, settings: Settings):
-    table = read(utterances(new_report(), staging, settings))
-    classifier = NearestUtterance(table.column("intent_id").to_pylist(), embeddings_of(table), 0.45)
-
-    found = classifier.classify(
-        encoder.encode(["someone stole my card", "Fly me to Lisbon", "My tomatoes have blight"])
-    )
-
-    assert [intent for intent, _ in found] == ["cards", "flights", OTHER_INTENT]
-    assert all(cosine >= 0.45 for _, cosine in found[:2])
-    assert found[2][1] < 0.45
-
-
-def test_a_catalog_s_own_utterance_expresses_its_intent_for_certain(
-    encoder: Encoder, staging: Staging, settings: Settings
-):
-    table = read(utterances(new_report(), staging, settings))
-    classifier = NearestUtterance(table.column("intent_id").to_pylist(), embeddings_of(table), 0.999)
-
-    found = classifier.classify(embeddings_of(table))
-
-    assert [intent for intent, _ in found] == ["flights", "flights", "cards"]
-
-
-def matrix(*rows: tuple[float, ...]) -> Vectors:
-    return np.asarray(rows, dtype=np.float32).reshape(len(rows), 2)
-
-
-@pytest.mark.parametrize(
-    ("threshold", "intent"),
-    [(0.59, "east"), (0.6, "east"), (0.600001, OTHER_INTENT), (1.0, OTHER_INTENT), (-1.0, "east")],
-)
-def test_a_cosine_at_the_threshold_is_near_enough(threshold: float, intent: str):
-    classifier = NearestUtterance(["east"], matrix((1, 0)), threshold)
-
-    [(found, cosine)] = classifier.classify(matrix((0.6, 0.8)))
-
-    assert found == intent
-    assert cosine == pytest.approx(0.6)
-
-
-def test_the_first_of_equally_near_utterances_decides():
-    classifier = NearestUtterance(["first", "second"], matrix((1, 0), (1, 0)), 0.5)
-
-    assert [intent for intent, _ in classifier.classify(matrix((1, 0), (0.8, 0.6)))] == ["first", "first"]
-
-
-def test_no_messages_express_nothing():
-    assert NearestUtterance(["east"], matrix((1, 0)), 0.5).classify(matrix()) == []
-
-
-def test_what_is_returned_is_plain_data():
-    [(intent, cosine)] = NearestUtterance(["east"], matrix((1, 0)), 0.5).classify(matrix((1, 0)))
-
-    assert (type(intent), type(cosine)) == (str, float)

@@ -13,6 +13,7 @@ from personalization.catalog.entries import FILE_KINDS, SECTIONS, Entry, Place, 
 from personalization.errors import CatalogError
 from personalization.schemas import OTHER_INTENT, Campaign, Catalog, CatalogRules, Intent
 from personalization.settings import Settings
+from personalization.understanding import CLASSIFIER_VERSION
 
 _MODELS: dict[str, type[BaseModel]] = {"intents": Intent, "campaigns": Campaign, "rules": CatalogRules}
 _NAMING_INTENTS = (("intents",), ("audience", "include_intents"), ("audience", "exclude_intents"))
@@ -194,4 +195,4 @@ def catalog_version(catalog: Catalog) -> str:
 
 def intents_version(catalog: Catalog, settings: Settings) -> str:
     """Digest of what decides a message's intent."""
-    return f"{catalog.intents_version}:{settings.intent_threshold}"
+    return f"{catalog.intents_version}:{CLASSIFIER_VERSION}:{settings.intent_keep}"

@@ -1,11 +1,13 @@
-"""Intents: a message expresses the intent of its nearest example utterance, if near enough, else `other`."""
+"""Intents: what each message expresses, by a classifier fitted on the catalog's example utterances, else `other`."""
 
 from collections.abc import Iterator
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
 import structlog
+from upath import UPath
 
 from personalization.catalog.loading import catalog_version, intents_version
 from personalization.encoder import Vectors
@@ -13,28 +15,13 @@ from personalization.pipeline.embed import embeddings_of
 from personalization.pipeline.lineage import StageReport
 from personalization.schemas import OTHER_INTENT, Catalog, Ref
 from personalization.settings import Settings
-from personalization.staging import Staging, read
+from personalization.staging import Staging, read, write_atomically
 from personalization.stores.analytics import AnalyticsStore
 from personalization.stores.milvus import MESSAGES, VectorSpace, VectorStore
+from personalization.understanding import CLASSIFIER_VERSION
+from personalization.understanding.classifier import IntentClassifier
 
 log = structlog.get_logger(__name__)
-
-
-class NearestUtterance:
-    """Classifier: one nearest neighbour by cosine over the example utterances, with a threshold."""
-
-    def __init__(self, intent_ids: list[str], utterances: Vectors, threshold: float) -> None:
-        self._intent_ids = np.asarray(intent_ids, dtype=object)
-        self._utterances = utterances
-        self._threshold = threshold
-
-    def classify(self, vectors: Vectors) -> list[tuple[str, float]]:
-        """`(intent_id, cosine)` for each row of unit vectors, shape (n, dim). O(n · utterances · dim)."""
-        cosines = vectors @ self._utterances.T
-        nearest = cosines.argmax(axis=1)
-        best = cosines[np.arange(len(vectors)), nearest]
-        intents = np.where(best >= self._threshold, self._intent_ids[nearest], OTHER_INTENT)
-        return [(str(intent), float(cosine)) for intent, cosine in zip(intents, best, strict=True)]
 
 
 def detect_intents(
@@ -54,21 +41,18 @@ def detect_intents(
     After an edit of the catalog all users are refreshed, and if its intents changed, all messages are
     classified again from their stored vectors, without embedding them again.
     """
-    examples = read(utterances)
-    classifier = NearestUtterance(
-        examples.column("intent_id").to_pylist(), embeddings_of(examples), settings.intent_threshold
-    )
+    classifier = fitted_classifier(utterances)
     run_id = report.run_id
     built = analytics.serving_state()
     if built is None or built.intents_version != intents_version(catalog, settings):
         for known in analytics.all_messages(settings.shard_rows):
             log.info(f"the catalog's intents changed: classifying {len(known):,} stored messages again")
-            _keep(report, analytics, _with_vectors(known, space, vectors), classifier)
+            _keep(report, analytics, _with_vectors(known, space, vectors), classifier, settings.intent_keep)
     for shard in shards:
         table = read(shard)
         messages = table.select(["id", "user_id", "timestamp"]).to_pylist()
         of_run = [{**message, "run_id": run_id} for message in messages]
-        _keep(report, analytics, (of_run, embeddings_of(table)), classifier)
+        _keep(report, analytics, (of_run, embeddings_of(table)), classifier, settings.intent_keep)
 
     catalog_changed = built is None or built.catalog_version != catalog_version(catalog)
     pages = analytics.users(None if catalog_changed else run_id, settings.shard_rows)
@@ -77,30 +61,49 @@ def detect_intents(
     return refs
 
 
+def fitted_classifier(utterances: Ref) -> IntentClassifier:
+    """The classifier of the staged utterances: fitted once, then kept beside them for all runs."""
+    staged = UPath(utterances["uri"])
+    kept = staged.with_name(f"{staged.stem}-{utterances['sha256'][:16]}-classifier-{CLASSIFIER_VERSION}.npz")
+    if kept.exists():
+        try:
+            return IntentClassifier.from_bytes(kept.read_bytes())
+        except (ValueError, KeyError, BadZipFile) as error:
+            log.warning(f"{kept} is not readable and is made anew: {error}")
+    examples = read(utterances)
+    classifier = IntentClassifier.fit(examples.column("intent_id").to_pylist(), embeddings_of(examples))
+    write_atomically(kept, classifier.to_bytes())
+    log.info(f"classifier of {len(classifier.intent_ids)} intents fitted on {examples.num_rows:,} utterances")
+    return classifier
+
+
 def _keep(
     report: StageReport,
     analytics: AnalyticsStore,
     batch: tuple[list[dict[str, Any]], Vectors],
-    classifier: NearestUtterance,
+    classifier: IntentClassifier,
+    keep: float,
 ) -> None:
     messages, matrix = batch
     if not messages:
         return
+    readings = classifier.classify(matrix, keep)
     rows = [
         {
             "message_id": message["id"],
             "intent_id": intent_id,
             "user_id": message["user_id"],
             "timestamp": message["timestamp"],
-            "confidence": cosine,
+            "confidence": confidence,
             "run_id": message["run_id"],
         }
-        for message, (intent_id, cosine) in zip(messages, classifier.classify(matrix), strict=True)
+        for message, reading in zip(messages, readings, strict=True)
+        for intent_id, confidence in reading.expressed or [(OTHER_INTENT, reading.out_of_scope)]
     ]
-    analytics.replace_message_intents([row["message_id"] for row in rows], rows)
-    others = sum(row["intent_id"] == OTHER_INTENT for row in rows)
-    report.rows_in += len(rows)
-    report.rows_out += len(rows) - others
+    analytics.replace_message_intents([message["id"] for message in messages], rows)
+    others = sum(not reading.expressed for reading in readings)
+    report.rows_in += len(messages)
+    report.rows_out += len(messages) - others
     report.skipped += others
 
 

@@ -173,7 +173,7 @@ def users_without_relationships(engine: Engine) -> list[Anomaly]:
             title="Users without relationships",
             evidence=f"{alone:,} of {totals.users:,} users ({alone / totals.users:.1%}) expressed no intent.",
             advice="They get popular campaigns. Where they are many, add example utterances to the catalog "
-            "or lower INTENT_THRESHOLD.",
+            "or raise INTENT_KEEP.",
         )
     ]
 

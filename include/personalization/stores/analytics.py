@@ -117,7 +117,7 @@ class MessageIntent(Base):
     timestamp: Mapped[int] = mapped_column(BigInteger)
     """Epoch milliseconds."""
     confidence: Mapped[float]
-    """Cosine to the nearest example utterance."""
+    """Calibrated probability of the intent; of `other`, how far the message is out of scope."""
     run_id: Mapped[str] = mapped_column(String(250))
     """The run that embedded the message."""
 

@@ -1,0 +1,291 @@
+"""Which of the catalog's intents a message expresses, or that it expresses none: fitted on the example utterances.
+
+Two linear models over unit vectors. A multinomial logistic regression says which intent. How far a message is in
+scope is the sum of two standardised scores: the largest discriminant score over all intents, with the covariance
+within intents shrunk towards a sphere (linear discriminant analysis; Friedman, "Regularized discriminant analysis",
+JASA 1989), and the cosine to the nearest example of the likeliest intent. Where the line is drawn, and how the
+probabilities are tempered (Guo et al., "On calibration of modern neural networks", ICML 2017), comes from
+cross-validation over the examples: no message out of scope is needed.
+
+A sentence vector is near the sum of what the sentence says. So what is left of it, once the direction of the likeliest
+intent is taken out, is read again: if it points to another intent more clearly than what is left of examples that
+express one intent, the message expresses that one as well.
+"""
+
+import io
+import warnings
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self, cast
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import expit, log_softmax, softmax
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+Doubles = np.ndarray[Any, np.dtype[np.float64]]
+Integers = np.ndarray[Any, np.dtype[np.int64]]
+
+TOP = 5
+_INVERSE_PENALTY = 30.0
+_ITERATIONS = 100
+_TOLERANCE = 3e-5
+_TINY = 1e-6
+_SHRINKAGE = 0.7
+_FOLDS = 5
+_FOLDS_OF_MANY = 2
+_MANY = 5000
+_ENOUGH = 10  # held-out examples, below which a quantile means nothing
+_COSINE_OF_FEW = 0.45
+_COSINE_SPREAD = 0.1
+_TEMPERATURE_OF_FEW = 0.5
+_ALONE = 0.98
+_BAR = 0.3
+_BAR_OF_BEST = 0.6
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one message expresses."""
+
+    top: list[tuple[str, float]]
+    """The likeliest intents and their probabilities given that the message is in scope, best first."""
+    expressed: list[tuple[str, float]]
+    """Those it is held to express, likeliest first; none where it is out of scope. An intent found in what the
+    likeliest one leaves of the message comes last, with its probability in what is left."""
+    out_of_scope: float
+    """In [0, 1]; from 0.5 on the message is out of scope."""
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """What one set of examples gives."""
+
+    logit_weights: Floats
+    logit_bias: Floats
+    discriminant_weights: Floats
+    discriminant_bias: Floats
+    examples: Floats
+    """Sorted by intent."""
+    directions: Floats
+    """Unit length: the mean of each intent's examples, shape (intents, dim)."""
+    starts: Integers
+    """Where each intent's examples begin, and the end of the last."""
+
+    def logits(self, vectors: Floats) -> Floats:
+        """Shape (n, intents)."""
+        return cast("Floats", vectors @ self.logit_weights + self.logit_bias)
+
+    def evidence(self, vectors: Floats, logits: Floats) -> Floats:
+        """Largest discriminant score and cosine to the nearest example of the likeliest intent, shape (n, 2)."""
+        discriminant = (vectors @ self.discriminant_weights + self.discriminant_bias).max(axis=1)
+        likeliest = logits.argmax(axis=1)
+        cosine = np.empty(len(vectors), dtype=np.float32)
+        order = np.argsort(likeliest, kind="stable")
+        bounds = np.searchsorted(likeliest[order], np.arange(len(self.logit_bias) + 1))
+        for intent in np.unique(likeliest):
+            rows = order[bounds[intent] : bounds[intent + 1]]
+            own = self.examples[self.starts[intent] : self.starts[intent + 1]]
+            cosine[rows] = (vectors[rows] @ own.T).max(axis=1)
+        return np.stack([discriminant, cosine], axis=1)
+
+    def leftover_logits(self, vectors: Floats, likeliest: Integers) -> Floats:
+        """Logits of what the likeliest intent's direction leaves of each vector, that intent ruled out."""
+        direction = self.directions[likeliest]
+        rest = vectors - (vectors * direction).sum(axis=1, keepdims=True) * direction
+        rest /= np.maximum(np.linalg.norm(rest, axis=1, keepdims=True), _TINY)
+        logits = self.logits(rest)
+        logits[np.arange(len(vectors)), likeliest] = -np.inf
+        return logits
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """What held-out examples teach."""
+
+    temperature: float
+    alone: float
+    """Probability of the second intent in what is left, above which a message expresses it."""
+    location: Floats
+    scale: Floats
+    in_scope: Doubles
+    """Scores of the examples, ascending."""
+
+    def scores(self, evidence: Floats) -> Doubles:
+        """How far in scope: standardised evidence, summed, shape (n,)."""
+        return cast("Doubles", ((evidence - self.location) / self.scale).sum(axis=1, dtype=np.float64))
+
+
+class IntentClassifier:
+    """Fitted on example utterances; says of each message what it expresses."""
+
+    def __init__(self, intent_ids: list[str], fit: _Fit, calibration: _Calibration) -> None:
+        self.intent_ids = intent_ids
+        self._fit = fit
+        self._calibration = calibration
+
+    @classmethod
+    def fit(cls, intent_ids: list[str], vectors: Floats) -> Self:
+        """Fit on examples: `intent_ids[i]` is expressed by the unit vector `vectors[i]`, shape (n, dim).
+
+        Deterministic, and blind to zero-padding, to repeated examples and to the order of the intents. With fewer
+        than ten examples whose intent has another one there is too little to validate on: a cosine decides then.
+        """
+        ids, examples, intents = _sorted(intent_ids, vectors)
+        # Threads wait for each other longer than these small products take.
+        with threadpool_limits(limits=1, user_api="blas"):
+            return cls(ids, _fit(examples, intents, len(ids)), _calibrate(examples, intents, len(ids)))
+
+    def classify(self, vectors: Floats, keep: float) -> list[Reading]:
+        """Read the unit vectors, shape (n, dim), so that a share of `keep` of messages in scope is held to be so.
+
+        A message in scope expresses its likeliest intent, every other that is likely enough and nearly as likely,
+        and one that what is left of the message points to. O(n · intents · dim).
+        """
+        if not self.intent_ids or not len(vectors):
+            return [Reading([], [], 1.0) for _ in vectors]
+        calibration = self._calibration
+        vectors = vectors[:, : self._fit.examples.shape[1]]
+        logits = self._fit.logits(vectors)
+        scores = calibration.scores(self._fit.evidence(vectors, logits))
+        margin = scores - np.quantile(calibration.in_scope, 1 - keep)
+        probabilities = softmax(logits / calibration.temperature, axis=1)
+        top = np.argsort(-probabilities, axis=1, kind="stable")[:, :TOP]
+        likely = np.take_along_axis(probabilities, top, axis=1)
+        counts = (likely >= np.maximum(_BAR, _BAR_OF_BEST * likely[:, :1])).sum(axis=1)
+        counts = np.where(margin > 0, np.maximum(counts, 1), 0)
+        seconds, clear = self._seconds(vectors, top[:, 0])
+        seconds = np.where((clear > calibration.alone) & (margin > 0), seconds, -1)
+        columns = (top, likely, counts, seconds, clear, expit(-margin))
+        return [self._reading(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+
+    def _seconds(self, vectors: Floats, likeliest: Integers) -> tuple[Integers, Floats]:
+        """The likeliest intent in what is left of each message, and its probability there."""
+        if len(self.intent_ids) == 1:
+            return np.zeros(len(vectors), dtype=np.int64), np.zeros(len(vectors), dtype=np.float32)
+        probabilities = softmax(self._fit.leftover_logits(vectors, likeliest) / self._calibration.temperature, axis=1)
+        return probabilities.argmax(axis=1), probabilities.max(axis=1)
+
+    def _reading(
+        self, places: list[int], likely: list[float], count: int, second: int, clear: float, out_of_scope: float
+    ) -> Reading:
+        top = [(self.intent_ids[place], probability) for place, probability in zip(places, likely, strict=True)]
+        expressed = top[:count]
+        if second >= 0 and second not in places[:count]:
+            expressed.append((self.intent_ids[second], clear))
+        return Reading(top, expressed, out_of_scope)
+
+    def to_bytes(self) -> bytes:
+        """The fitted classifier as arrays in NumPy's `.npz`, without pickle."""
+        buffer = io.BytesIO()
+        np.savez(
+            buffer,
+            intent_ids=np.asarray(self.intent_ids, dtype=np.str_),
+            **vars(self._fit),
+            **vars(self._calibration),
+        )
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Self:
+        """What `to_bytes` made.
+
+        Raises:
+            ValueError, KeyError, zipfile.BadZipFile: it is not that.
+        """
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            fit = _Fit(**{field.name: arrays[field.name] for field in fields(_Fit)})
+            learnt = {field.name: arrays[field.name] for field in fields(_Calibration)}
+            learnt |= {name: array.item() for name, array in learnt.items() if array.ndim == 0}
+            calibration = _Calibration(**learnt)
+            return cls(arrays["intent_ids"].tolist(), fit, calibration)
+
+
+def _sorted(intent_ids: list[str], vectors: Floats) -> tuple[list[str], Floats, Integers]:
+    """Intent ids in order, their different examples in that order without padding, and the place of each one's id."""
+    different = {
+        (intent_id, vector.tobytes()): row
+        for row, (intent_id, vector) in enumerate(zip(intent_ids, vectors, strict=True))
+    }
+    rows = sorted(different.values(), key=lambda row: (intent_ids[row], row))
+    ids = sorted(set(intent_ids))
+    place = {intent_id: at for at, intent_id in enumerate(ids)}
+    used = np.flatnonzero(vectors.any(axis=0))
+    width = int(used[-1]) + 1 if len(used) else vectors.shape[1]
+    intents = np.array([place[intent_ids[row]] for row in rows], dtype=np.int64)
+    return ids, np.ascontiguousarray(vectors[rows, :width], dtype=np.float32), intents
+
+
+def _fit(examples: Floats, intents: Integers, count: int) -> _Fit:
+    """Fit both models on examples sorted by intent. Every intent weighs the same, however many examples it has."""
+    width = examples.shape[1]
+    counts = np.bincount(intents, minlength=count)
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    present = np.flatnonzero(counts)
+    logit_weights = np.zeros((width, count), dtype=np.float32)
+    logit_bias = np.full(count, -np.inf, dtype=np.float32)
+    logit_bias[present] = 0
+    if len(present) > 1:
+        model = LogisticRegression(C=_INVERSE_PENALTY, class_weight="balanced", max_iter=_ITERATIONS, tol=_TOLERANCE)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # some steps more change nothing that counts
+            model.fit(examples, intents)
+        # Of two intents scikit-learn tells the second from the first.
+        rows = present[1:] if len(present) == 2 else present
+        logit_weights[:, rows] = model.coef_.T
+        logit_bias[rows] = model.intercept_
+    means = np.zeros((count, width), dtype=np.float32)
+    np.add.at(means, intents, examples)
+    means[present] /= counts[present, None]
+    spread = examples - means[intents]
+    covariance = spread.T @ spread / max(len(examples) - len(present), 1)
+    variance = float(np.trace(covariance)) / width or 1 / width  # no intent has two examples
+    covariance = (1 - _SHRINKAGE) * covariance + _SHRINKAGE * variance * np.eye(width, dtype=np.float32)
+    weights = np.linalg.solve(covariance, means.T).astype(np.float32)
+    bias = -0.5 * (means * weights.T).sum(axis=1)
+    bias[counts == 0] = -np.inf
+    directions = means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), _TINY)
+    return _Fit(logit_weights, logit_bias, weights, bias, examples, directions, starts)
+
+
+def _calibrate(examples: Floats, intents: Integers, count: int) -> _Calibration:
+    """Cross-validate. An intent's only example is left out: nothing is left to know it by."""
+    counts = np.bincount(intents, minlength=count)
+    starts = np.cumsum(counts) - counts
+    folds = _FOLDS if len(examples) <= _MANY else _FOLDS_OF_MANY
+    # Shifted from intent to intent, so that small intents do not all lose an example to the same fold.
+    fold = (np.arange(len(examples)) - starts[intents] + intents) % folds
+    has_another = counts[intents] > 1
+    if has_another.sum() < _ENOUGH:
+        location, scale = np.array([[0, _COSINE_OF_FEW], [np.inf, _COSINE_SPREAD]], dtype=np.float32)
+        return _Calibration(_TEMPERATURE_OF_FEW, 1.0, location, scale, np.zeros(1))
+    logits = np.empty((len(examples), count), dtype=np.float32)
+    left = np.empty_like(logits)
+    evidence = np.empty((len(examples), 2), dtype=np.float32)
+    for one in range(folds):
+        rows = np.flatnonzero((fold == one) & has_another)
+        if len(rows):
+            others = fold != one
+            fit = _fit(examples[others], intents[others], count)
+            logits[rows] = fit.logits(examples[rows])
+            left[rows] = fit.leftover_logits(examples[rows], logits[rows].argmax(axis=1))
+            evidence[rows] = fit.evidence(examples[rows], logits[rows])
+    logits, left, evidence = logits[has_another], left[has_another], evidence[has_another]
+    temperature = _temperature(logits, intents[has_another])
+    alone = float(np.quantile(softmax(left / temperature, axis=1).max(axis=1), _ALONE)) if count > 1 else 1.0
+    location, scale = evidence.mean(axis=0), np.maximum(evidence.std(axis=0), _TINY)
+    calibration = _Calibration(temperature, alone, location, scale, np.zeros(0))
+    return replace(calibration, in_scope=np.sort(calibration.scores(evidence)))
+
+
+def _temperature(logits: Floats, intents: Integers) -> float:
+    """What the logits are divided by so that held-out examples are likeliest."""
+    finite = np.where(np.isfinite(logits), logits, -1e4).astype(np.float64)
+
+    def loss(log_temperature: float) -> float:
+        likelihood = log_softmax(finite / np.exp(log_temperature), axis=1)
+        return -float(likelihood[np.arange(len(intents)), intents].mean())
+
+    return float(np.exp(minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded").x))
