@@ -116,7 +116,9 @@ def test_lineage_has_a_row_for_every_stage_with_its_figures(platform: Platform, 
     rows = platform.lineage(manual_run(platform))
 
     total = len(json.loads(SAMPLE.read_text()))
+    events = len(SAMPLE_EVENTS.read_text().splitlines()) - 1
     assert len(rows) == 11
+    assert rows["ingest_events"].rows_in == rows["ingest_events"].rows_out == events
     assert {row.status for row in rows.values()} == {"success"}
     assert rows["ingest"].rows_in == rows["ingest"].rows_out == rows["upsert_vectors"].rows_out == total
     assert platform.messages() == total
@@ -140,6 +142,8 @@ def test_a_scheduled_run_takes_the_inbox_once_and_is_green_when_nothing_is_new(
     row = {"user_id": "inbox-user", "message": "I lost my card, please block it", "timestamp": "2026-11-01T08:00:00Z"}
     (inbox / "monday.ndjson.gz").write_bytes(gzip.compress(json.dumps(row).encode()))
     (inbox / ".half-written.json").write_text("[{")
+    header = "user_id,campaign_id,event,timestamp\n"
+    (inbox / "events.csv").write_text(f"{header}inbox-user,card_protection_plus,click,2026-11-01T08:01:00Z\n")
     before = platform.messages()
     first, second = (trigger_without_path(platform) for _ in range(2))
 
@@ -147,6 +151,8 @@ def test_a_scheduled_run_takes_the_inbox_once_and_is_green_when_nothing_is_new(
     assert platform.messages() == before + 1
     assert platform.lineage(first)["ingest"].rows_in == 1
     assert platform.lineage(second)["ingest"].rows_in == 0
+    assert platform.lineage(first)["ingest_events"].rows_in == 1
+    assert platform.lineage(second)["ingest_events"].rows_in == 0
     assert platform.task_states(second)["embed"] == "skipped"
 
 
@@ -189,8 +195,9 @@ def test_a_trigger_from_the_form_runs_green(platform: Platform, demo_output: str
         page.goto(f"{platform.airflow_url}/dags/{DAG_ID}")
         page.get_by_role("button", name="Trigger").first.click(timeout=PATIENCE_MS)
         form = page.get_by_role("dialog").filter(has_text="Run Parameters")
-        expect(form.get_by_text("Input file")).to_be_visible(timeout=PATIENCE_MS)
-        expect(form.get_by_text("A JSON array or NDJSON")).to_be_visible()
+        expect(form.get_by_text("Input file").first).to_be_visible(timeout=PATIENCE_MS)
+        expect(form.get_by_text("A JSON array or NDJSON").first).to_be_visible()
+        expect(form.get_by_text("Events file").first).to_be_visible()
         form.locator("input[name='element_input_path']").fill(str(SAMPLE))
         form.locator("input[name='element_input_path']").press("Tab")
         page.screenshot(path=ARTIFACTS / "airflow-trigger-form.png")
