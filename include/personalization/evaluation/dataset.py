@@ -17,13 +17,15 @@ from personalization.learning.history import (
     History,
     Intents,
     Messages,
-    Signals,
+    in_order,
+    signals_of_events,
     signals_of_messages,
 )
 from personalization.reading import Row, check_readable, read_rows
 from personalization.recommend.sources import Matrix
-from personalization.schemas import ENGAGEMENT_STRENGTH, Catalog, Event, Message
+from personalization.schemas import Catalog, Event, Message
 from personalization.settings import Settings
+from personalization.understanding.classifier import IntentClassifier
 
 _PROBLEMS_KEPT = 5
 _Record = TypeVar("_Record", Message, Event)
@@ -93,62 +95,56 @@ def build_history(
     unknown = Counter(one.campaign_id for one in events if one.campaign_id not in campaign_ids)
     if unknown:
         log.warning(f"{sum(unknown.values()):,} events of {len(unknown):,} campaigns that the catalog does not hold")
-    events = sorted((one for one in events if one.campaign_id in campaign_ids), key=lambda one: one.timestamp)
+    events = sorted(
+        (one for one in events if one.campaign_id in campaign_ids), key=lambda one: (one.timestamp_ms, one.event_id)
+    )
     if not events:
         raise InputError("no event is of a campaign of the catalog; is it the right catalog?")
-    messages = sorted(messages, key=lambda one: one.timestamp)
+    messages = sorted(messages, key=lambda one: (one.timestamp_ms, one.message_id))
     user_ids = sorted({one.user_id for one in messages} | {one.user_id for one in events})
     place = {user_id: at for at, user_id in enumerate(user_ids)}
-    vectors, texts = _embed([one.message for one in messages], [one.text for one in catalog.campaigns], settings)
+    examples = [(intent.id, example) for intent in catalog.intents for example in intent.examples]
+    vectors, texts, utterances = _embed(
+        [one.message for one in messages],
+        [one.text for one in catalog.campaigns],
+        [example for _, example in examples],
+        settings=settings,
+    )
     said = Messages(
         user=np.asarray([place[one.user_id] for one in messages], dtype=np.int64),
         at=np.asarray([one.timestamp_ms for one in messages], dtype=np.int64),
         vectors=vectors,
     )
     arrays = CatalogArrays.of(catalog.campaigns, [one.id for one in catalog.intents], texts)
-    intents = _classify(said, catalog, settings)
-    return History(
-        user_ids,
-        arrays,
-        said,
-        intents,
-        _in_order(_signals(events, place, campaign_ids), signals_of_messages(intents, arrays)),
+    classifier = IntentClassifier.fit([intent_id for intent_id, _ in examples], utterances) if examples else None
+    intents = _classify(said, classifier, arrays.intent_ids, settings.intent_keep)
+    engaged = signals_of_events(
+        (place[one.user_id], campaign_ids[one.campaign_id], one.event, one.timestamp_ms, one.position) for one in events
     )
+    return History(user_ids, arrays, said, intents, in_order(engaged, signals_of_messages(intents, arrays)))
 
 
-def _embed(said: list[str], campaigns: list[str], settings: Settings) -> tuple[Matrix, Matrix]:
-    """Vectors of messages and campaigns, without the zeros that pad a smaller model."""
+def _embed(*parts: list[str], settings: Settings) -> list[Matrix]:
+    """Vectors of each part's texts, without the zeros that pad a smaller model."""
     encoder = get_encoder(settings.embedding_model, settings.embedding_dim, settings.embedding_batch_size)
-    vectors = encoder.encode([*said, *campaigns])[:, : encoder.model_dim]
-    return vectors[: len(said)], vectors[len(said) :]
+    vectors = encoder.encode([text for part in parts for text in part])[:, : encoder.model_dim]
+    return np.split(vectors, np.cumsum([len(part) for part in parts])[:-1])
 
 
-def _signals(events: Sequence[Event], users: dict[str, int], campaigns: dict[str, int]) -> Signals:
-    """Clicks and conversions, each with the place at which the campaign had last been shown."""
-    shown: dict[tuple[str, str], int] = {}
-    positive: list[tuple[Event, int]] = []
-    for one in events:
-        key = (one.user_id, one.campaign_id)
-        if one.event == "impression" and one.position:
-            shown[key] = one.position
-        elif one.event in ENGAGEMENT_STRENGTH:
-            positive.append((one, one.position or shown.get(key, 0)))
-    return Signals(
-        user=np.asarray([users[one.user_id] for one, _ in positive], dtype=np.int64),
-        campaign=np.asarray([campaigns[one.campaign_id] for one, _ in positive], dtype=np.int64),
-        at=np.asarray([one.timestamp_ms for one, _ in positive], dtype=np.int64),
-        strength=np.asarray([ENGAGEMENT_STRENGTH[one.event] for one, _ in positive], dtype=np.float32),
-        is_event=np.ones(len(positive), dtype=bool),
-        position=np.asarray([position for _, position in positive], dtype=np.int64),
+def _classify(said: Messages, classifier: IntentClassifier | None, intent_ids: list[str], keep: float) -> Intents:
+    """What the messages express; nothing where there is no intent to tell."""
+    place = {intent_id: at for at, intent_id in enumerate(intent_ids)}
+    readings = classifier.classify(said.vectors, keep) if classifier else []
+    expressed = [
+        (message, place[intent_id], probability)
+        for message, reading in enumerate(readings)
+        for intent_id, probability in reading.expressed
+    ]
+    messages, intents, probabilities = zip(*expressed, strict=True) if expressed else ((), (), ())
+    of_message = np.asarray(messages, dtype=np.int64)
+    return Intents(
+        user=said.user[of_message],
+        at=said.at[of_message],
+        intent=np.asarray(intents, dtype=np.int64),
+        confidence=np.asarray(probabilities, dtype=np.float32),
     )
-
-
-def _in_order(*parts: Signals) -> Signals:
-    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])}
-    order = np.argsort(joined["at"], kind="stable")
-    return Signals(**{name: column[order] for name, column in joined.items()})
-
-
-def _classify(said: Messages, catalog: Catalog, settings: Settings) -> Intents:
-    nothing = np.zeros(0, dtype=np.int64)
-    return Intents(nothing, nothing, nothing, np.zeros(0, dtype=np.float32))

@@ -3,7 +3,8 @@
 Nothing at or after a moment enters the knowledge of that moment.
 """
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -346,6 +347,41 @@ def unit(vectors: Matrix) -> Matrix:
     """Rows scaled to length 1; rows of zeros stay zero."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return (vectors / np.maximum(lengths, 1e-9)).astype(np.float32)
+
+
+def signals_of_events(events: Iterable[tuple[int, int, str, int, int | None]]) -> Signals:
+    """Clicks and conversions, each with the place at which the campaign had last been shown to the user.
+
+    Events are (user, campaign, kind, epoch milliseconds, position), by time. One pass; memory for the clicks,
+    the conversions and the pairs of user and campaign that were shown.
+    """
+    shown: dict[tuple[int, int], int] = {}
+    users, campaigns, times, positions = (array("q") for _ in range(4))
+    strength = array("f")
+    for user, campaign, kind, at, position in events:
+        if kind == "impression" and position:
+            shown[user, campaign] = position
+        elif kind in ENGAGEMENT_STRENGTH:
+            users.append(user)
+            campaigns.append(campaign)
+            times.append(at)
+            strength.append(ENGAGEMENT_STRENGTH[kind])
+            positions.append(position or shown.get((user, campaign), 0))
+    return Signals(
+        user=np.array(users, dtype=np.int64),
+        campaign=np.array(campaigns, dtype=np.int64),
+        at=np.array(times, dtype=np.int64),
+        strength=np.array(strength, dtype=np.float32),
+        is_event=np.ones(len(times), dtype=bool),
+        position=np.array(positions, dtype=np.int64),
+    )
+
+
+def in_order(*parts: Signals) -> Signals:
+    """All of them, by time."""
+    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])}
+    order = np.argsort(joined["at"], kind="stable")
+    return Signals(**{name: column[order] for name, column in joined.items()})
 
 
 def signals_of_messages(intents: Intents, catalog: CatalogArrays) -> Signals:
