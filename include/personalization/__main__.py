@@ -82,6 +82,44 @@ def evaluate(
 
 
 @app.command()
+def classify(
+    catalog: Annotated[
+        Path,
+        typer.Option(help="Folder or file of the catalog, or a CSV with `text` and `intent`, `label` or `category`."),
+    ],
+    examples_per_intent: Annotated[
+        int | None, typer.Option(min=1, help="Learn from so many examples of each intent, drawn at random.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of that draw.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line.")] = False,
+) -> None:
+    """Say which intents the messages of standard input express: NDJSON with `message`, or a JSON string a line.
+
+    Needs no running stack. A line that is no message is reported and left out; the exit status is then 1.
+    """
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    from personalization.settings import get_settings
+    from personalization.understanding.command import MessageReader, intents_at, show
+
+    reader = MessageReader(intents_at(catalog, examples_per_intent, seed), get_settings())
+    refused: list[int] = []
+
+    def refuse(line: int, problem: str) -> None:
+        refused.append(line)
+        typer.echo(f"standard input:{line}: {problem}", err=True)
+
+    answers = reader.answers(sys.stdin.buffer, refuse)
+    if as_json:
+        for answer in answers:
+            typer.echo(json.dumps(answer, ensure_ascii=False))
+    else:
+        show(answers, console)
+    if refused:
+        typer.echo(f"{len(refused):,} lines were refused", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
 def demo(
     input_path: Annotated[Path | None, typer.Option("--input", help="Your own file instead of the sample.")] = None,
     events: Annotated[

@@ -97,6 +97,7 @@ def test_what_serves_imports_only_what_is_there_to_be_served(place: str):
         ("recommend", ["pipeline", "quality", "local", "staging"]),
         ("quality", ["pipeline", "recommend", "local", "staging"]),
         ("local", ["recommend", "quality"]),
+        ("understanding", ["pipeline", "recommend", "quality", "local", "stores", "staging"]),
     ],
 )
 def test_parts_of_the_core_that_do_not_know_each_other(place: str, forbidden: list[str]):
