@@ -379,12 +379,28 @@ class Engagement(BaseModel):
         return self.count + self.clicks + self.conversions
 
 
+Source = Literal[
+    "own_intents",
+    "own_engagement",
+    "similar_users",
+    "co_engagement",
+    "graph_walk",
+    "message_similarity",
+    "audience_similarity",
+    "popularity",
+    "recency",
+]
+"""What can speak for a campaign."""
+
+
 class Reason(BaseModel):
     """One source's part in a recommendation. Shares of a recommendation add up to its score."""
 
-    source: Literal["own_intents", "similar_users", "popularity"]
+    source: Source
     text: str
     share: float
+    data: dict[str, Any] | None = None
+    """The facts behind the text, where they were asked for."""
 
 
 class Recommendation(BaseModel):
@@ -395,7 +411,19 @@ class Recommendation(BaseModel):
     description: str
     category: str
     score: float = Field(ge=0, le=1)
+    position: int
+    """Place in the list, from 1; to be sent back with the events."""
+    propensity: float
+    """Probability that the policy puts this campaign at this place; to be sent back with the events."""
     reasons: list[Reason]
+
+
+class Exclusion(BaseModel):
+    """A campaign that is not shown, and the rule that says so."""
+
+    campaign_id: str
+    rule: str
+    text: str
 
 
 class Recommendations(BaseModel):
@@ -404,7 +432,11 @@ class Recommendations(BaseModel):
     user_id: str
     strategy: Literal["personalized", "popular"]
     """`popular` marks the default for a user nothing is known of."""
+    policy: str
+    """What ranked the list; to be sent back with the events."""
     recommendations: list[Recommendation]
+    excluded: list[Exclusion] | None = None
+    """Active campaigns that a rule holds back, where that was asked for."""
 
 
 def _epoch_ms(moment: datetime) -> int:

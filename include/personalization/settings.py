@@ -6,6 +6,7 @@ stack is up, with what `.env` says of it taken over), the process environment.
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -80,6 +81,16 @@ class Settings(BaseSettings):
     # --- serving
     cache_ttl_s: int = Field(default=300, ge=1)
     neighbours: int = Field(default=50, ge=0, le=1000, description="Similar users that are asked for campaigns.")
+    ranker: Literal["auto", "fusion", "similar_users"] = Field(
+        default="auto",
+        description="auto: the learned ranker where it has proved better; fusion or similar_users: that one.",
+    )
+    exploration_share: float = Field(
+        default=0.05, ge=0, le=0.5, description="Share of users whose last place is drawn from all that is left."
+    )
+    experiment_name: str = Field(default="", max_length=64, description="Names the A/B split; a new name draws anew.")
+    experiment_ranker: Literal["", "auto", "fusion", "similar_users"] = ""
+    experiment_share: float = Field(default=0.1, ge=0, le=1, description="Share of users who get EXPERIMENT_RANKER.")
 
     @property
     def analytics_database(self) -> URL:

@@ -14,7 +14,7 @@ from personalization.stores.milvus import AsyncVectorReader
 from personalization.stores.neo4j import AsyncGraphReader
 from pydantic import BaseModel
 
-from services.api.deps import RecommenderDep, Top, UserId
+from services.api.deps import Explain, RecommenderDep, Top, UserId
 from services.api.problems import Problem, add_problem_handlers
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
@@ -38,7 +38,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         vectors=AsyncVectorReader(settings),
         graph=AsyncGraphReader.from_settings(settings),
         analytics=AsyncAnalyticsReader.from_settings(settings),
-        neighbours=settings.neighbours,
+        settings=settings,
     )
     app.state.recommender = recommender
     yield
@@ -67,11 +67,16 @@ async def health() -> Health:
     "/recommendations/{user_id}",
     tags=["recommendations"],
     response_model=Recommendations,
+    response_model_exclude_none=True,
     responses=_PROBLEMS,
 )
-async def recommendations(user_id: UserId, recommender: RecommenderDep, top: Top = 5) -> Response:
+async def recommendations(
+    user_id: UserId, recommender: RecommenderDep, top: Top = 5, explain: Explain = False
+) -> Response:
     """Active campaigns for a user, best first, with the reasons.
+
+    With `explain`, each reason carries its data, and what a rule holds back is listed with that rule.
 
     A user nothing is known of gets popular campaigns, marked `"strategy": "popular"`.
     """
-    return Response(await recommender.answer(user_id, top), media_type="application/json")
+    return Response(await recommender.answer(user_id, top, explain=explain), media_type="application/json")

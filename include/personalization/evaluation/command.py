@@ -17,8 +17,7 @@ from personalization.evaluation.policies import STANDARD, check_policies
 from personalization.evaluation.replay import REFERENCE, Plan, Replay, summarise
 from personalization.learning.history import History
 from personalization.learning.training import Task
-from personalization.recommend.sources import DAY_MS
-from personalization.schemas import parse_moment
+from personalization.schemas import DAY_MS, parse_moment
 from personalization.settings import get_settings
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(m|h|d|w)")
@@ -58,7 +57,7 @@ def evaluate_files(
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("splits", total=len(plan.splits))
         outcomes = replay.run(chosen, lambda done: progress.update(bar, completed=done))
-    report = summarise(replay, plan, outcomes, history)
+    report = summarise(replay, plan, outcomes)
     report["refused"] = {"rows": refused.count, "first": refused.first}
     if refused.count:
         log.warning(f"{refused.count:,} rows were refused; first: {'; '.join(refused.first)}")

@@ -10,7 +10,8 @@ from personalization.errors import InputError
 from personalization.learning.history import History
 from personalization.learning.training import Example
 from personalization.recommend.ranking import DEFAULT_FUSION, RankFusion
-from personalization.recommend.sources import GRAPH_SOURCES, SOURCES, TEXT_SOURCES, Matrix, Source, log_strength
+from personalization.recommend.sources import GRAPH_SOURCES, SOURCES, TEXT_SOURCES, Matrix, log_strength
+from personalization.schemas import Source
 
 _FACTORS = 32
 
@@ -65,7 +66,9 @@ def _item_knn(moment: Moment) -> Matrix:
     model = CosineRecommender(K=100, num_threads=1)
     model.fit(engaged, show_progress=False)
     columns = moment.example.columns
-    return _first_by(_dense(engaged[moment.example.users] @ model.similarity[:, columns]), _popularity(moment))
+    return _first_by(
+        (engaged[moment.example.users] @ model.similarity.tocsr()[:, columns]).toarray(), _popularity(moment)
+    )
 
 
 def _als(moment: Moment) -> Matrix:
@@ -166,7 +169,3 @@ def _first_by(scores: Matrix, then: Matrix) -> Matrix:
 def _engaged(moment: Moment) -> sparse.csr_matrix:
     """(U, C of the catalog) engagement before the moment, as `implicit` takes it."""
     return sparse.csr_matrix(log_strength(moment.past.engaged(moment.example.moment)))
-
-
-def _dense(matrix: sparse.csr_matrix | Matrix) -> Matrix:
-    return np.asarray(matrix.toarray() if sparse.issparse(matrix) else matrix, dtype=np.float32)

@@ -25,10 +25,13 @@ from personalization.learning.metrics import (
 )
 from personalization.learning.training import MOMENTS, Example, Task, choose_ranker, fit_ranker, take_example
 from personalization.recommend.ranking import LearnedRanker, Ranker, all_features
-from personalization.recommend.sources import DAY_MS, Matrix, Vector, Whole
+from personalization.recommend.sources import Matrix, Vector, Whole
+from personalization.schemas import DAY_MS
 
 REFERENCE = "shipped"
 _COLD_MESSAGES = 1
+
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
 log = structlog.get_logger(__name__)
 
@@ -57,7 +60,7 @@ class Outcome:
     """What a policy achieved, a row for each user and split."""
 
     owners: list[Whole] = field(default_factory=list)
-    cold: list[Vector] = field(default_factory=list)
+    cold: list[Flags] = field(default_factory=list)
     values: dict[str, list[Vector]] = field(default_factory=lambda: {name: [] for name in (*METRICS, "novelty@10")})
     shown: set[tuple[int, int]] = field(default_factory=set)
     probabilities: list[Vector] = field(default_factory=list)
@@ -78,7 +81,7 @@ class Replay:
         self.rankers: dict[int, str] = {}
         """Version of the ranker that the shipped policy used at each split."""
 
-    def run(self, policies: Sequence[str], progress: Callable[[int], None] = lambda done: None) -> dict[str, Outcome]:
+    def run(self, policies: Sequence[str], progress: Callable[[int], object]) -> dict[str, Outcome]:
         """Outcome of each policy over all splits."""
         outcomes = {name: Outcome() for name in policies}
         for done, split in enumerate(self._plan.splits, start=1):
@@ -129,7 +132,9 @@ class Replay:
         return self._examples[moment]
 
 
-def _keep(outcome: Outcome, example: Example, scores: Matrix, popularity: Vector, is_cold: Vector) -> None:
+def _keep(
+    outcome: Outcome, example: Example, scores: Matrix, popularity: Vector, is_cold: np.ndarray[Any, np.dtype[np.bool_]]
+) -> None:
     outcome.owners.append(example.users)
     outcome.cold.append(is_cold)
     for metric, values in user_metrics(scores, example.allowed, example.truth).items():
@@ -139,7 +144,7 @@ def _keep(outcome: Outcome, example: Example, scores: Matrix, popularity: Vector
     outcome.shown |= {(example.moment, int(column)) for column in np.unique(example.columns[top])}
 
 
-def summarise(replay: Replay, plan: Plan, outcomes: dict[str, Outcome], history: History) -> dict[str, Any]:
+def summarise(replay: Replay, plan: Plan, outcomes: dict[str, Outcome]) -> dict[str, Any]:
     """Every metric of every policy with its interval, and the paired differences from the shipped one.
 
     Raises nothing where no user engaged: then there is nothing to report, and `users` is 0.

@@ -13,7 +13,6 @@ import numpy as np
 from scipy import sparse
 
 from personalization.recommend.sources import (
-    DAY_MS,
     TREND_HALF_LIVES_DAYS,
     WALK_CONTINUES,
     CampaignKnowledge,
@@ -24,7 +23,7 @@ from personalization.recommend.sources import (
     log_strength,
     unit_rows,
 )
-from personalization.schemas import ENGAGEMENT_STRENGTH, Campaign
+from personalization.schemas import DAY_MS, ENGAGEMENT_STRENGTH, Campaign
 
 HALF_LIFE_DAYS = 30.0
 INTERESTS = 4
@@ -346,7 +345,7 @@ def interests_of(vectors: Matrix, weights: Vector) -> Matrix:
 def unit(vectors: Matrix) -> Matrix:
     """Rows scaled to length 1; rows of zeros stay zero."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return (vectors / np.maximum(lengths, 1e-9)).astype(np.float32)
+    return np.asarray(vectors / np.maximum(lengths, 1e-9), dtype=np.float32)
 
 
 def signals_of_events(events: Iterable[tuple[int, int, str, int, int | None]]) -> Signals:
@@ -407,7 +406,7 @@ def signals_of_messages(intents: Intents, catalog: CatalogArrays) -> Signals:
 
 def _decay(age_ms: Whole, half_life_days: float = HALF_LIFE_DAYS) -> Vector:
     """2^(-age / half-life)."""
-    return np.exp2(-age_ms / (half_life_days * DAY_MS)).astype(np.float32)
+    return np.asarray(np.exp2(-age_ms / (half_life_days * DAY_MS)), dtype=np.float32)
 
 
 def _sparse(weights: Vector, rows: Whole, columns: Whole, shape: tuple[int, int]) -> sparse.csr_array:

@@ -45,7 +45,7 @@ _PARAMETERS = {
     "force_row_wise": True,
     "seed": 0,
     "verbose": -1,
-    "num_threads": 2,
+    "num_threads": 1,
 }
 
 log = structlog.get_logger(__name__)

@@ -15,11 +15,11 @@ from personalization.recommend.sources import (
     CampaignKnowledge,
     Matrix,
     Scores,
-    Source,
     UserKnowledge,
     score_context,
     score_sources,
 )
+from personalization.schemas import Source
 
 Shares = np.ndarray[tuple[int, int, int], np.dtype[np.float32]]
 
@@ -65,7 +65,9 @@ class Evidence:
 class Ranker(Protocol):
     """Scores candidates from the evidence."""
 
-    version: str
+    @property
+    def version(self) -> str:
+        """What tells it from every other ranker."""
 
     def score(self, evidence: Evidence) -> Matrix:
         """(B, C) scores from 0 to 1, higher is better."""
@@ -198,7 +200,7 @@ def _ahead_of(scores: Matrix) -> Matrix:
         return np.zeros_like(scores)
     if scores.shape[0] > 1 and scores.strides[0] == 0:  # broadcast: alike for all users
         return np.broadcast_to(_ahead_of(scores[:1]), scores.shape)
-    return ((rankdata(scores, axis=1) - 1) / (count - 1)).astype(np.float32)
+    return np.asarray((rankdata(scores, axis=1) - 1) / (count - 1), dtype=np.float32)
 
 
 def _vote(scores: Matrix, ranks: Matrix) -> Matrix:
@@ -206,3 +208,26 @@ def _vote(scores: Matrix, ranks: Matrix) -> Matrix:
     place = (1 - ranks) * max(scores.shape[1] - 1, 0)
     differ = scores.max(axis=1, keepdims=True, initial=0) > scores.min(axis=1, keepdims=True, initial=np.inf)
     return np.where((scores > 0) & differ, FUSION_DEPTH / (FUSION_DEPTH + place), 0).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class SimilarUsers:
+    """The seed recipe: similar users, their campaigns, by how many of them engaged; ties to the popular."""
+
+    version: str = "similar_users"
+
+    def score(self, evidence: Evidence) -> Matrix:
+        """(B, C) share of the similar users, and a little for popularity."""
+        return np.asarray(self.shares(evidence)[1].sum(axis=2), dtype=np.float32)
+
+    def shares(self, evidence: Evidence) -> tuple[list[Source], Shares]:
+        """The count, scaled by the largest; what is left below one user goes to popularity."""
+        counts = evidence.context["neighbours"]
+        popular = evidence.context["engaged_users"]
+        most = counts.max(axis=1, keepdims=True, initial=0) + 1
+        tie = popular / (popular.max(axis=1, keepdims=True, initial=0) + 1)
+        return ["similar_users", "popularity"], np.stack([counts / most, tie / most], axis=2).astype(np.float32)
+
+
+NAMED_RANKERS: dict[str, Ranker] = {"fusion": DEFAULT_FUSION, "similar_users": SimilarUsers()}
+"""Rankers that need no training, by the name that selects them."""

@@ -6,33 +6,23 @@ The API (one user), the training of the ranker and offline evaluation use these 
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from scipy import sparse
+
+from personalization.schemas import DAY_MS, Source
 
 Matrix = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 Vector = np.ndarray[tuple[int], np.dtype[np.float32]]
 Whole = np.ndarray[tuple[int], np.dtype[np.int64]]
 
-Source = Literal[
-    "own_intents",
-    "own_engagement",
-    "similar_users",
-    "co_engagement",
-    "graph_walk",
-    "message_similarity",
-    "audience_similarity",
-    "popularity",
-    "recency",
-]
 SOURCES: tuple[Source, ...] = get_args(Source)
 TEXT_SOURCES: frozenset[Source] = frozenset(
     ("own_intents", "similar_users", "message_similarity", "audience_similarity")
 )
 GRAPH_SOURCES: frozenset[Source] = frozenset(("own_engagement", "co_engagement", "graph_walk"))
 
-DAY_MS = 86_400_000
 TREND_HALF_LIVES_DAYS = (1.0, 3.0, 7.0, 30.0)
 WALK_CONTINUES = 0.85
 """Probability that the random walk goes on rather than restarts at the user (Page et al. 1999)."""
@@ -163,13 +153,13 @@ def unit_rows(matrix: sparse.csr_array) -> sparse.csr_array:
 def hours_since_engagement(campaigns: CampaignKnowledge) -> Vector:
     """(C,) hours since the last engagement, or since the start where there was none yet."""
     newest = np.maximum(campaigns.last_at, np.minimum(campaigns.active_from, campaigns.at))
-    return (np.maximum(campaigns.at - newest, 0) / (DAY_MS / 24)).astype(np.float32)
+    return np.asarray(np.maximum(campaigns.at - newest, 0) / (DAY_MS / 24), dtype=np.float32)
 
 
 def _age_days(campaigns: CampaignKnowledge) -> Vector:
     """(C,) days since the start; a campaign without one is as old as a year."""
     age = np.maximum(campaigns.at - campaigns.active_from, 0) / DAY_MS
-    return np.minimum(age, 365).astype(np.float32)
+    return np.asarray(np.minimum(age, 365), dtype=np.float32)
 
 
 def _walk(campaigns: CampaignKnowledge, users: UserKnowledge) -> Matrix:
@@ -180,7 +170,7 @@ def _walk(campaigns: CampaignKnowledge, users: UserKnowledge) -> Matrix:
     """
     links = sparse.hstack([log_strength(users.intents), log_strength(users.engaged)]).tocsr()
     total = np.asarray(links.sum(axis=1), dtype=np.float32).reshape(-1, 1)
-    return WALK_CONTINUES * _dense(links @ campaigns.walk) / np.maximum(total, 1e-9)
+    return np.asarray(WALK_CONTINUES * _dense(links @ campaigns.walk) / np.maximum(total, 1e-9), dtype=np.float32)
 
 
 def _best_interest(interests: np.ndarray[tuple[int, int, int], np.dtype[np.float32]], vectors: Matrix) -> Matrix:
@@ -202,7 +192,7 @@ def _category_affinity(campaigns: CampaignKnowledge, users: UserKnowledge) -> Ma
     )
     by_category = _dense(users.engaged @ membership)
     total = by_category.sum(axis=1, keepdims=True)
-    return by_category[:, campaigns.category] / np.maximum(total, 1e-9)
+    return np.asarray(by_category[:, campaigns.category] / np.maximum(total, 1e-9), dtype=np.float32)
 
 
 def _columns(matrix: sparse.csr_array, columns: Whole) -> Matrix:
@@ -213,6 +203,6 @@ def _columns(matrix: sparse.csr_array, columns: Whole) -> Matrix:
     return chosen
 
 
-def _dense(matrix: sparse.csr_array | Matrix) -> Matrix:
-    array = matrix.toarray() if sparse.issparse(matrix) else matrix
-    return np.asarray(array, dtype=np.float32)
+def _dense(matrix: Any) -> Matrix:
+    """The product of a sparse matrix, which SciPy leaves sparse or makes dense, as a dense one."""
+    return np.asarray(matrix.toarray() if sparse.issparse(matrix) else matrix, dtype=np.float32)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict, cast
 from urllib.parse import quote
 
 from sqlalchemy import (
@@ -22,6 +22,7 @@ from sqlalchemy import (
     Dialect,
     Engine,
     Index,
+    LargeBinary,
     Select,
     String,
     case,
@@ -46,7 +47,15 @@ from sqlalchemy.schema import CreateColumn
 from sqlalchemy.types import TypeDecorator
 
 from personalization.errors import StoreError
-from personalization.schemas import DAY_MS, ENGAGEMENT_STRENGTH, OTHER_INTENT, Catalog, Engagement, ExpressedIntent
+from personalization.schemas import (
+    DAY_MS,
+    ENGAGEMENT_STRENGTH,
+    OTHER_INTENT,
+    Catalog,
+    Engagement,
+    EventKind,
+    ExpressedIntent,
+)
 from personalization.settings import Settings
 
 _BUSY_TIMEOUT_MS = 30_000
@@ -54,6 +63,9 @@ _ID_CHUNK = 1000
 _STREAM_ROWS = 10_000
 _FORGOTTEN = 1000.0  # half-lives after which a signal weighs nothing; databases refuse to underflow
 _SERVING = 1
+_EVENTS_KEPT_S = 365 * 86_400
+_EVENTS_KEPT = 5000
+_EXPRESSED_KEPT = 50
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -201,6 +213,36 @@ class UserEngagement(Base):
     weight_at: Mapped[int | None] = mapped_column(BigInteger)
 
 
+class EvaluationResult(Base):
+    """One row per figure of an offline evaluation: a metric of a policy over a segment of the users."""
+
+    __tablename__ = "evaluations"
+
+    evaluation_id: Mapped[str] = mapped_column(String(250), primary_key=True)
+    policy: Mapped[str] = mapped_column(String(64), primary_key=True)
+    metric: Mapped[str] = mapped_column(String(64), primary_key=True)
+    segment: Mapped[str] = mapped_column(String(16), primary_key=True)
+    """`all`, `cold` or `warm`."""
+    mean: Mapped[float]
+    low: Mapped[float | None]
+    """Of the 95 % interval, as `high`; none for what is no mean over users."""
+    high: Mapped[float | None]
+    diff_mean: Mapped[float | None]
+    """How far `shipped` is ahead of the policy, user by user; none where that was not measured."""
+    diff_low: Mapped[float | None]
+    diff_high: Mapped[float | None]
+    task: Mapped[str] = mapped_column(String(16))
+    split_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    """The first split."""
+    splits: Mapped[int]
+    users: Mapped[int] = mapped_column(BigInteger)
+    """Of the evaluation."""
+    answers: Mapped[int] = mapped_column(BigInteger)
+    """Lists that the mean is taken over: one for each user and split of the segment."""
+    horizon_days: Mapped[float]
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+
+
 class ServingState(Base):
     """One row: what the published data were built from."""
 
@@ -235,6 +277,45 @@ class ExpressionColumns(TypedDict):
     timestamp: list[int]
     intent_id: list[str]
     confidence: list[float]
+
+
+class Served(Base):
+    """One row: what the API answers from, as the last publish left it."""
+
+    __tablename__ = "served"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    version: Mapped[str] = mapped_column(String(64))
+    """The ranker's."""
+    content: Mapped[bytes] = mapped_column(LargeBinary)
+    run_id: Mapped[str] = mapped_column(String(250))
+    published_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class UserEvent(NamedTuple):
+    """An event of a user."""
+
+    campaign_id: str
+    event: EventKind
+    timestamp: int
+    """Epoch milliseconds."""
+
+
+class ExpressedMessage(NamedTuple):
+    """A message of a user, and an intent it expresses."""
+
+    message_id: str
+    intent_id: str
+    timestamp: int
+
+
+class UserFacts(NamedTuple):
+    """What SQL knows of a user."""
+
+    messages: int
+    events: list[UserEvent]
+    expressed: list[ExpressedMessage]
+    """The newest first."""
 
 
 @contextmanager
@@ -470,8 +551,29 @@ class AnalyticsStore:
             connection.execute(delete(PipelineRun).where(PipelineRun.run_id.in_(run_ids)))
             connection.execute(insert(PipelineRun), list(rows))
 
+    def record_evaluation(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Set the rows of an evaluation, in one transaction."""
+        evaluation_ids = {row["evaluation_id"] for row in rows}
+        with analytics_errors(), self.engine.begin() as connection:
+            connection.execute(delete(EvaluationResult).where(EvaluationResult.evaluation_id.in_(evaluation_ids)))
+            connection.execute(insert(EvaluationResult), list(rows))
+
+    def last_feedback_at(self) -> int | None:
+        """The newest click or conversion, in epoch milliseconds."""
+        with analytics_errors(), self.engine.connect() as connection:
+            newest = select(func.max(EventRecord.timestamp)).where(EventRecord.event.in_(ENGAGEMENT_STRENGTH))
+            return connection.execute(newest).scalar_one()
+
+    def count_feedback(self, since_ms: int) -> int:
+        """Clicks and conversions from `since_ms` on."""
+        count = select(func.count()).where(
+            EventRecord.timestamp >= since_ms, EventRecord.event.in_(ENGAGEMENT_STRENGTH)
+        )
+        with analytics_errors(), self.engine.connect() as connection:
+            return connection.execute(count).scalar_one()
+
     def count_users_without_intent(self) -> int:
-        """Users who have messages but expressed no intent: they have no relationship in the graph."""
+        """Users who have messages but expressed no intent: nothing they said is in the graph."""
         expressed = func.max(case((MessageIntent.intent_id != OTHER_INTENT, 1), else_=0))
         silent = select(MessageIntent.user_id).group_by(MessageIntent.user_id).having(expressed == 0).subquery()
         with analytics_errors(), self.engine.connect() as connection:
@@ -498,6 +600,12 @@ class AnalyticsStore:
         with analytics_errors(), Session(self.engine) as session, session.begin():
             session.merge(state)
 
+    def publish_served(self, version: str, content: bytes, run_id: str) -> None:
+        """Set what the API answers from, in one transaction."""
+        row = Served(id=_SERVING, version=version, content=content, run_id=run_id, published_at=datetime.now(UTC))
+        with analytics_errors(), Session(self.engine) as session, session.begin():
+            session.merge(row)
+
     def _stream(self, query: Select[*tuple[Any, ...]]) -> Iterator[list[list[Any]]]:
         with analytics_errors(), self.engine.connect() as connection:
             rows = connection.execution_options(yield_per=_STREAM_ROWS).execute(query)
@@ -520,12 +628,49 @@ class AsyncAnalyticsReader:
         """Open the database for reading."""
         return cls(create_async_engine(_read_only(settings.analytics_database, "sqlite+aiosqlite")))
 
-    async def campaign_users(self) -> dict[str, int]:
-        """Number of engaged users by campaign: one small row each."""
-        query = select(CampaignRecord.campaign_id, CampaignRecord.users)
+    async def served(self) -> bytes:
+        """What was published last.
+
+        Raises:
+            StoreError: nothing was published yet.
+        """
         with analytics_errors():
             async with self.engine.connect() as connection:
-                return {row.campaign_id: row.users for row in await connection.execute(query)}
+                content = (await connection.execute(select(Served.content))).scalar_one_or_none()
+        if content is None:
+            raise StoreError("analytics", "nothing has been published yet; run the pipeline")
+        return content
+
+    async def user_facts(self, user_id: str) -> UserFacts:
+        """Events of the last year, the number of messages and the newest that express an intent.
+
+        Three statements over indexes by user, on one connection.
+        """
+        since = (datetime.now(UTC).timestamp() - _EVENTS_KEPT_S) * 1000
+        mine = MessageIntent.user_id == user_id
+        count = select(func.count(MessageIntent.message_id.distinct())).where(mine)
+        events = (
+            select(EventRecord.campaign_id, EventRecord.event, EventRecord.timestamp)
+            .where(EventRecord.user_id == user_id, EventRecord.timestamp > since)
+            .order_by(EventRecord.timestamp.desc())
+            .limit(_EVENTS_KEPT)
+        )
+        expressed = (
+            select(MessageIntent.message_id, MessageIntent.intent_id, MessageIntent.timestamp)
+            .where(mine, MessageIntent.intent_id != OTHER_INTENT)
+            .order_by(MessageIntent.timestamp.desc())
+            .limit(_EXPRESSED_KEPT)
+        )
+        with analytics_errors():
+            async with self.engine.connect() as connection:
+                return UserFacts(
+                    (await connection.execute(count)).scalar_one(),
+                    [
+                        UserEvent(row.campaign_id, cast("EventKind", row.event), row.timestamp)
+                        for row in await connection.execute(events)
+                    ],
+                    [ExpressedMessage(*row) for row in await connection.execute(expressed)],
+                )
 
 
 def open_read_only(settings: Settings) -> Engine:

@@ -81,16 +81,16 @@ class AsyncCache:
         with redis_errors():
             return int(await self.client.get(_GENERATION_KEY) or 0)
 
-    async def get(self, generation: int, user_id: str, top: int) -> bytes | None:
+    async def get(self, generation: int, user_id: str, top: int, *, explain: bool = False) -> bytes | None:
         """A stored answer, as the bytes it was stored as."""
         with redis_errors():
-            return cast("bytes | None", await self.client.get(_answer_key(generation, user_id, top)))
+            return cast("bytes | None", await self.client.get(_answer_key(generation, user_id, top, explain=explain)))
 
-    async def put(self, generation: int, user_id: str, top: int, answer: bytes) -> None:
+    async def put(self, generation: int, user_id: str, top: int, answer: bytes, *, explain: bool = False) -> None:
         """Store an answer until its time to live is over."""
         with redis_errors():
-            await self.client.set(_answer_key(generation, user_id, top), answer, ex=self._ttl_s)
+            await self.client.set(_answer_key(generation, user_id, top, explain=explain), answer, ex=self._ttl_s)
 
 
-def _answer_key(generation: int, user_id: str, top: int) -> str:
-    return f"recommendations:{generation}:{top}:{user_id}"
+def _answer_key(generation: int, user_id: str, top: int, *, explain: bool) -> str:
+    return f"{'explained' if explain else 'recommendations'}:{generation}:{top}:{user_id}"

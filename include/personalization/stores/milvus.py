@@ -1,25 +1,34 @@
-"""Milvus: message vectors and user vectors.
+"""Milvus: message vectors, user vectors and the vectors of users' interests.
 
 A physical collection belongs to one vector space (model, dimension, L2-normalised) and carries it in
-its name; readers use the aliases `messages` and `users`. So vectors of two models cannot meet.
+its name; readers use the aliases `messages`, `users` and `interests`. So vectors of two models cannot meet.
 """
 
+import asyncio
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import grpc
+import numpy as np
 from pymilvus import AsyncMilvusClient, DataType, MilvusClient
 from pymilvus.exceptions import MilvusException
 
 from personalization.errors import StoreError
 from personalization.settings import Settings
 
+Vector = np.ndarray[tuple[int], np.dtype[np.float32]]
+Vectors = np.ndarray[tuple[int, int], np.dtype[np.float32]]
+
 MESSAGES = "messages"
 USERS = "users"
+INTERESTS = "interests"
+"""Up to `INTERESTS_PER_USER` rows a user, by `interest_id`."""
+
+INTERESTS_PER_USER = 4
 
 GRPC_OPTIONS = {"grpc.keepalive_time_ms": 300_000, "grpc.keepalive_permit_without_calls": 0}
 """pymilvus pings every 10 s; servers with gRPC's default limits hang up on that (`too_many_pings`)."""
@@ -28,6 +37,11 @@ _MAX_ID_BYTES = 512  # 128 characters of up to 4 bytes
 _WRITE_ROWS = 1000  # 4 MB of 1024-d vectors: well under gRPC's 64 MB
 _READ_ROWS = 1000
 _NOT_LOADED = 101  # Milvus' error code
+
+
+def interest_id(user_id: str, place: int) -> str:
+    """Id of a user's interest; no user id holds a `#`."""
+    return f"{user_id}#{place}"
 
 
 class Neighbour(TypedDict):
@@ -92,11 +106,11 @@ class VectorStore:
             StoreError: readers are on another model's collection.
         """
         with milvus_errors():
-            for alias, scalar in ((MESSAGES, "timestamp"), (USERS, "last_seen")):
+            for alias, scalar in ((MESSAGES, "timestamp"), (USERS, "last_seen"), (INTERESTS, "last_seen")):
                 name = space.collection(alias)
                 self._check_alias(alias, name)
                 if not self.client.has_collection(name):
-                    self._create_collection(name, space, scalar, with_user=alias == MESSAGES)
+                    self._create_collection(name, space, scalar, with_user=alias != USERS)
                 if not self.client.list_indexes(name):  # killed between the two
                     self._create_index(name)
                 self.client.load_collection(name)
@@ -120,6 +134,12 @@ class VectorStore:
                     consistency_level="Strong",
                     timeout=120,
                 )
+
+    def delete(self, collection: str, ids: Sequence[str]) -> None:
+        """Delete rows by `id`, 1,000 a round trip; those that are not there do not matter."""
+        with milvus_errors():
+            for start in range(0, len(ids), _WRITE_ROWS):
+                self.client.delete(collection, ids=list(ids[start : start + _WRITE_ROWS]), timeout=120)
 
     def count(self, collection: str) -> int:
         """Rows a reader sees."""
@@ -170,36 +190,56 @@ class AsyncVectorReader:
         if self._connected is not None:
             await self._connected.close()
 
-    async def neighbours(self, user_id: str, limit: int) -> list[Neighbour]:
-        """Users nearest to `user_id` by cosine, best first, never the user; empty for an unknown one.
+    async def user_vectors(self, user_id: str) -> Vectors:
+        """The user's vector and behind it those of their interests, (1 + k, dim); (0, dim) for an unknown user.
 
-        Two round trips. Over-fetches by one instead of filtering: filtered HNSW returns too few hits.
+        One round trip for each of the two collections, at once.
         """
+        interests = [interest_id(user_id, place) for place in range(INTERESTS_PER_USER)]
+        own, apart = await asyncio.gather(self._get(USERS, [user_id]), self._get(INTERESTS, interests))
+        apart.sort(key=lambda row: row["id"])
+        return np.asarray([row["embedding"] for row in ([*own, *apart] if own else [])], dtype=np.float32)
+
+    async def neighbours(self, user_id: str, vector: Vector, limit: int) -> list[Neighbour]:
+        """Users nearest to the vector by cosine, best first, never the user.
+
+        One round trip. Over-fetches by one instead of filtering: filtered HNSW returns too few hits.
+        """
+        if limit == 0:
+            return []
+
+        async def search(client: AsyncMilvusClient) -> Any:
+            return await client.search(
+                USERS,
+                data=[vector.tolist()],
+                limit=limit + 1,
+                search_params={"metric_type": "COSINE", "params": {"ef": max(64, limit + 1)}},
+                timeout=self._settings.store_timeout_s,
+            )
+
+        hits = await self._loaded(USERS, search)
+        others = (Neighbour(user_id=hit["id"], similarity=float(hit["distance"])) for hit in hits[0])
+        return [one for one in others if one["user_id"] != user_id][:limit]
+
+    async def _get(self, collection: str, ids: list[str]) -> list[dict[str, Any]]:
+        async def get(client: AsyncMilvusClient) -> Any:
+            return await client.get(
+                collection, ids=ids, output_fields=["embedding"], timeout=self._settings.store_timeout_s
+            )
+
+        return list(await self._loaded(collection, get))
+
+    async def _loaded(self, collection: str, ask: Callable[[AsyncMilvusClient], Awaitable[Any]]) -> Any:
+        """Ask; load the collection first where Milvus has forgotten it, as Milvus Lite does in a restart."""
         with milvus_errors():
             client = self._client()
             try:
-                return await self._neighbours(client, user_id, limit)
+                return await ask(client)
             except MilvusException as error:
                 if error.code != _NOT_LOADED:
                     raise
-                # Milvus Lite forgets in a restart what was loaded.
-                await client.load_collection(USERS, timeout=self._settings.store_timeout_s)
-                return await self._neighbours(client, user_id, limit)
-
-    async def _neighbours(self, client: AsyncMilvusClient, user_id: str, limit: int) -> list[Neighbour]:
-        timeout = self._settings.store_timeout_s
-        own = await client.get(USERS, ids=[user_id], output_fields=["embedding"], timeout=timeout)
-        if not own or limit == 0:
-            return []
-        hits = await client.search(
-            USERS,
-            data=[own[0]["embedding"]],
-            limit=limit + 1,
-            search_params={"metric_type": "COSINE", "params": {"ef": max(64, limit + 1)}},
-            timeout=timeout,
-        )
-        others = (Neighbour(user_id=hit["id"], similarity=float(hit["distance"])) for hit in hits[0])
-        return [one for one in others if one["user_id"] != user_id][:limit]
+                await client.load_collection(collection, timeout=self._settings.store_timeout_s)
+                return await ask(client)
 
     def _client(self) -> AsyncMilvusClient:
         # Made on first use: the constructor needs the running loop, and a Milvus that answers.

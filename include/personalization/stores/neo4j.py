@@ -8,6 +8,7 @@ Times are epoch milliseconds. All writes are managed transactions, which retry d
 """
 
 import asyncio
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, LiteralString, TypedDict
@@ -16,8 +17,9 @@ from neo4j import AsyncDriver, AsyncGraphDatabase, Driver, GraphDatabase, Manage
 from neo4j.exceptions import AuthError, ConfigurationError, DriverError, Neo4jError
 
 from personalization.errors import StoreError
-from personalization.schemas import Campaign, Catalog, Engagement, ExpressedIntent
+from personalization.schemas import DAY_MS, Campaign, Catalog, Engagement, ExpressedIntent
 from personalization.settings import Settings
+from personalization.stores.milvus import Neighbour
 
 _CONSTRAINTS: tuple[LiteralString, ...] = (
     "CREATE CONSTRAINT user_id_unique IF NOT EXISTS FOR (u:User) REQUIRE u.user_id IS UNIQUE",
@@ -72,53 +74,46 @@ _WRITE_USERS: tuple[LiteralString, ...] = (
        DELETE g""",
 )
 
-_ACTIVE_CAMPAIGNS: LiteralString = """
-    MATCH (c:Campaign)
-    WHERE c.active_from <= $now AND $now < c.active_until
-    RETURN c.campaign_id AS campaign_id, c.name AS name, c.description AS description, c.category AS category
+_LINKS: LiteralString = """
+    MATCH (u:User {user_id: $user_id})-[e:EXPRESSED]->(i:Intent)
+    RETURN 'intent' AS kind, i.intent_id AS id, i.name AS name,
+           e.count AS count, e.weight AS weight, e.last_seen AS last_at
+    UNION ALL
+    MATCH (u:User {user_id: $user_id})-[g:ENGAGED_WITH]->(c:Campaign)
+    RETURN 'campaign' AS kind, c.campaign_id AS id, c.name AS name,
+           g.count AS count, g.weight AS weight, g.last_at AS last_at
 """
 
-_OWN_INTENTS: LiteralString = """
-    MATCH (u:User {user_id: $user_id})-[e:EXPRESSED]->(i:Intent)<-[:TARGETS]-(c:Campaign)
-    WHERE c.active_from <= $now AND $now < c.active_until
-    RETURN c.campaign_id AS campaign_id, i.intent_id AS intent_id, i.name AS intent_name,
-           e.count AS count, e.last_seen AS last_seen, e.confidence AS confidence
-"""
-
-_NEIGHBOURS_CAMPAIGNS: LiteralString = """
+# exp and log are known to Neo4j and to ArcadeDB, powers are not written alike.
+_ENGAGED_BY: LiteralString = """
     UNWIND $neighbours AS neighbour
     MATCH (u:User {user_id: neighbour.user_id})-[g:ENGAGED_WITH]->(c:Campaign)
     WHERE c.active_from <= $now AND $now < c.active_until
-    RETURN c.campaign_id AS campaign_id, u.user_id AS user_id, g.count AS count
+    WITH c.campaign_id AS campaign_id, neighbour.similarity AS similarity,
+         g.weight * exp((g.last_at - $now) * $fading) AS weight
+    RETURN campaign_id, sum(similarity * log(1.0 + weight)) AS score, count(*) AS users
 """
 
 
-class CampaignRow(TypedDict):
-    """An active campaign."""
+class LinkRow(TypedDict):
+    """An intent a user expressed, or a campaign they engaged with."""
 
-    campaign_id: str
+    kind: str
+    id: str
     name: str
-    description: str
-    category: str
+    count: int
+    weight: float
+    """As it was at `last_at`."""
+    last_at: int
 
 
-class OwnIntentRow(TypedDict):
-    """A campaign reached over an intent the user expressed."""
+class EngagedRow(TypedDict):
+    """A campaign that users engaged with."""
 
     campaign_id: str
-    intent_id: str
-    intent_name: str
-    count: int
-    last_seen: int
-    confidence: float
-
-
-class NeighbourCampaignRow(TypedDict):
-    """A campaign a similar user engaged with."""
-
-    campaign_id: str
-    user_id: str
-    count: int
+    score: float
+    """Sum of similarity times log(1 + weight)."""
+    users: int
 
 
 @contextmanager
@@ -248,18 +243,15 @@ class AsyncGraphReader:
             driver = AsyncGraphDatabase.driver(settings.neo4j_uri, **_driver_options(settings))
         return cls(driver, settings.neo4j_database, settings.store_timeout_s)
 
-    async def active_campaigns(self, now_ms: int) -> list[CampaignRow]:
-        """Every campaign that may be shown at `now_ms`."""
-        return await self._read(_ACTIVE_CAMPAIGNS, now=now_ms)
+    async def links(self, user_id: str) -> list[LinkRow]:
+        """What the user expressed and engaged with: a row for each edge."""
+        return await self._read(_LINKS, user_id=user_id)
 
-    async def own_intents(self, user_id: str, now_ms: int) -> list[OwnIntentRow]:
-        """Active campaigns that target an intent the user expressed, a row for each such pair."""
-        return await self._read(_OWN_INTENTS, user_id=user_id, now=now_ms)
-
-    async def neighbours_campaigns(self, user_ids: Sequence[str], now_ms: int) -> list[NeighbourCampaignRow]:
-        """Active campaigns the given users engaged with, a row for each such pair."""
-        neighbours = [{"user_id": user_id} for user_id in user_ids]
-        return await self._read(_NEIGHBOURS_CAMPAIGNS, neighbours=neighbours, now=now_ms)
+    async def engaged_by(self, neighbours: Sequence[Neighbour], now_ms: int, half_life_days: float) -> list[EngagedRow]:
+        """What similar users engaged with, summed in the store: a row for each running campaign."""
+        return await self._read(
+            _ENGAGED_BY, neighbours=list(neighbours), now=now_ms, fading=math.log(2) / (half_life_days * DAY_MS)
+        )
 
     async def _read(self, query: LiteralString, **parameters: Any) -> list[Any]:
         with neo4j_errors():
