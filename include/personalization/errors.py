@@ -13,6 +13,10 @@ class RejectRatioExceededError(InputError):
     """More rows were quarantined than `max_reject_ratio` allows."""
 
 
+class TooLittleFeedbackError(PersonalizationError):
+    """Too few clicks and conversions to tell one policy from another."""
+
+
 class CatalogError(PersonalizationError):
     """The campaign catalog does not hold together."""
 

@@ -1,13 +1,20 @@
 """What the dashboard shows, as typed rows. Each report is one bounded query; sums are the database's."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any, Literal
 
 from sqlalchemy import BigInteger, Engine, Executable, Subquery, and_, case, cast, func, inspect, select
 from sqlalchemy.orm import aliased
 
-from personalization.stores.analytics import CampaignRecord, PipelineRun, UserEngagement, analytics_errors
+from personalization.stores.analytics import (
+    CampaignRecord,
+    EvaluationResult,
+    PipelineRun,
+    UserEngagement,
+    analytics_errors,
+)
 
 
 @dataclass(frozen=True)
@@ -129,12 +136,105 @@ class EngagedUser:
     last_at: int
 
 
+@dataclass(frozen=True)
+class PolicyResult:
+    """What a policy reached in an offline evaluation, by one metric over one segment of the users."""
+
+    policy: str
+    metric: str
+    segment: Literal["all", "cold", "warm"]
+    answers: int
+    mean: float
+    low: float | None
+    high: float | None
+    diff_mean: float | None
+    """How far `shipped` is ahead of the policy, with the 95 % interval of that."""
+    diff_low: float | None
+    diff_high: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One offline evaluation."""
+
+    evaluation_id: str
+    created_at: datetime
+    task: Literal["new", "any"]
+    split_at: datetime
+    splits: int
+    users: int
+    answers: int
+    horizon_days: float
+    results: list[PolicyResult]
+
+    def of(self, metric: str, segment: str = "all") -> list[PolicyResult]:
+        """The policies' results by the metric, best first."""
+        chosen = [one for one in self.results if (one.metric, one.segment) == (metric, segment)]
+        return sorted(chosen, key=lambda one: (-one.mean, one.policy))
+
+
+@dataclass(frozen=True)
+class EvaluationPoint:
+    """NDCG@10 of one policy in one of several evaluations."""
+
+    created_at: datetime
+    policy: str
+    mean: float
+    low: float
+    high: float
+
+
 def has_runs(engine: Engine) -> bool:
     """Whether any run was recorded. A database without tables has none."""
     with analytics_errors(), engine.connect() as connection:
         if not inspect(connection).has_table(PipelineRun.__tablename__):
             return False
         return connection.execute(select(PipelineRun.run_id).limit(1)).first() is not None
+
+
+def latest_evaluation(engine: Engine) -> Evaluation | None:
+    """The newest offline evaluation, with all its figures; None before the first."""
+    with analytics_errors(), engine.connect() as connection:
+        if not inspect(connection).has_table(EvaluationResult.__tablename__):
+            return None
+    newest = (
+        select(EvaluationResult.evaluation_id)
+        .order_by(EvaluationResult.created_at.desc(), EvaluationResult.evaluation_id)
+        .limit(1)
+        .scalar_subquery()
+    )
+    rows = _rows(engine, select(EvaluationResult.__table__).where(EvaluationResult.evaluation_id == newest))
+    if not rows:
+        return None
+    names = [field.name for field in fields(PolicyResult)]
+    results = [PolicyResult(**{name: row[name] for name in names}) for row in rows]
+    common = [field.name for field in fields(Evaluation) if field.name != "results"]
+    whole = next((row for row in rows if row["segment"] == "all"), rows[0])
+    return Evaluation(**{name: whole[name] for name in common}, results=results)
+
+
+def evaluation_history(engine: Engine, task: str, policies: Sequence[str], limit: int) -> list[EvaluationPoint]:
+    """NDCG@10 of the policies over all users in the latest evaluations of the task, oldest first."""
+    chosen = (
+        EvaluationResult.task == task,
+        EvaluationResult.metric == "ndcg@10",
+        EvaluationResult.segment == "all",
+    )
+    names = (EvaluationResult.created_at, EvaluationResult.evaluation_id)
+    newest = select(*names).distinct().where(*chosen).order_by(names[0].desc(), names[1]).limit(limit).subquery()
+    query = (
+        select(
+            EvaluationResult.created_at,
+            EvaluationResult.policy,
+            EvaluationResult.mean,
+            EvaluationResult.low,
+            EvaluationResult.high,
+        )
+        .join(newest, newest.c.evaluation_id == EvaluationResult.evaluation_id)
+        .where(*chosen, EvaluationResult.policy.in_(policies))
+        .order_by(EvaluationResult.created_at, EvaluationResult.policy)
+    )
+    return [EvaluationPoint(**row) for row in _rows(engine, query)]
 
 
 def newest_runs(limit: int) -> Subquery:
