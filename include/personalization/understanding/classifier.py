@@ -19,7 +19,7 @@ from typing import Any, Self, cast
 
 import numpy as np
 from scipy.optimize import minimize_scalar
-from scipy.special import expit, log_softmax, softmax
+from scipy.special import log_softmax, softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
@@ -41,6 +41,7 @@ _ENOUGH = 10  # held-out examples, below which a quantile means nothing
 _COSINE_OF_FEW = 0.45
 _COSINE_SPREAD = 0.1
 _TEMPERATURE_OF_FEW = 0.5
+_TEMPERATURES = (0.25, 4.0)  # without a least one, examples that are all told apart would make it 0
 _ALONE = 0.98
 _BAR = 0.3
 _BAR_OF_BEST = 0.6
@@ -107,7 +108,7 @@ class _Calibration:
 
     temperature: float
     alone: float
-    """Probability of the second intent in what is left, above which a message expresses it."""
+    """Probability of the second intent in what is left, untempered, above which a message expresses it."""
     location: Floats
     scale: Floats
     in_scope: Doubles
@@ -157,16 +158,19 @@ class IntentClassifier:
         counts = (likely >= np.maximum(_BAR, _BAR_OF_BEST * likely[:, :1])).sum(axis=1)
         counts = np.where(margin > 0, np.maximum(counts, 1), 0)
         seconds, clear = self._seconds(vectors, top[:, 0])
-        seconds = np.where((clear > calibration.alone) & (margin > 0), seconds, -1)
-        columns = (top, likely, counts, seconds, clear, expit(-margin))
+        seconds = np.where(margin > 0, seconds, -1)
+        out_of_scope = 0.5 - 0.5 * margin / (1 + np.abs(margin))  # of no exponential: it must not saturate
+        columns = (top, likely, counts, seconds, clear, out_of_scope)
         return [self._reading(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
     def _seconds(self, vectors: Floats, likeliest: Integers) -> tuple[Integers, Floats]:
-        """The likeliest intent in what is left of each message, and its probability there."""
+        """The intent that what is left of each message points to clearly, else -1, and its probability there."""
         if len(self.intent_ids) == 1:
-            return np.zeros(len(vectors), dtype=np.int64), np.zeros(len(vectors), dtype=np.float32)
-        probabilities = softmax(self._fit.leftover_logits(vectors, likeliest) / self._calibration.temperature, axis=1)
-        return probabilities.argmax(axis=1), probabilities.max(axis=1)
+            return np.full(len(vectors), -1), np.zeros(len(vectors), dtype=np.float32)
+        logits = self._fit.leftover_logits(vectors, likeliest)
+        clear = softmax(logits, axis=1).max(axis=1) > self._calibration.alone
+        probabilities = softmax(logits / self._calibration.temperature, axis=1)
+        return np.where(clear, logits.argmax(axis=1), -1), probabilities.max(axis=1)
 
     def _reading(
         self, places: list[int], likely: list[float], count: int, second: int, clear: float, out_of_scope: float
@@ -274,7 +278,7 @@ def _calibrate(examples: Floats, intents: Integers, count: int) -> _Calibration:
             evidence[rows] = fit.evidence(examples[rows], logits[rows])
     logits, left, evidence = logits[has_another], left[has_another], evidence[has_another]
     temperature = _temperature(logits, intents[has_another])
-    alone = float(np.quantile(softmax(left / temperature, axis=1).max(axis=1), _ALONE)) if count > 1 else 1.0
+    alone = float(np.quantile(softmax(left, axis=1).max(axis=1), _ALONE)) if count > 1 else 1.0
     location, scale = evidence.mean(axis=0), np.maximum(evidence.std(axis=0), _TINY)
     calibration = _Calibration(temperature, alone, location, scale, np.zeros(0))
     return replace(calibration, in_scope=np.sort(calibration.scores(evidence)))
@@ -288,4 +292,4 @@ def _temperature(logits: Floats, intents: Integers) -> float:
         likelihood = log_softmax(finite / np.exp(log_temperature), axis=1)
         return -float(likelihood[np.arange(len(intents)), intents].mean())
 
-    return float(np.exp(minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded").x))
+    return float(np.exp(minimize_scalar(loss, bounds=np.log(_TEMPERATURES), method="bounded").x))
