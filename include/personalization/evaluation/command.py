@@ -1,6 +1,7 @@
 """The command `evaluate`: from files and words to a report."""
 
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +14,7 @@ from upath import UPath
 from personalization.catalog.loading import load_catalog
 from personalization.errors import InputError
 from personalization.evaluation.dataset import Refused, build_history, load_events, load_messages
+from personalization.evaluation.pictures import headline, write_report
 from personalization.evaluation.policies import STANDARD, check_policies
 from personalization.evaluation.replay import REFERENCE, Plan, Replay, summarise
 from personalization.learning.history import History
@@ -21,6 +23,9 @@ from personalization.schemas import DAY_MS, parse_moment
 from personalization.settings import get_settings
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(m|h|d|w)")
+_MAX_SPLITS = 400
+_BRIEF = ("recall@5", "recall@10", "mrr", "hit_rate@10", "novelty@10")
+_WIDTH = 110
 _UNITS_MS = {"m": 60_000, "h": DAY_MS // 24, "d": DAY_MS, "w": 7 * DAY_MS}
 
 log = structlog.get_logger(__name__)
@@ -37,8 +42,9 @@ def evaluate_files(
     until: str | None,
     task: str,
     policies: list[str] | None,
+    output: Path | None = None,
 ) -> dict[str, Any]:
-    """Load, replay and summarise; the report is what `--json` prints.
+    """Load, replay and summarise; the report is what `--json` prints, and is drawn into the folder `output`.
 
     Raises:
         InputError: a file, moment, duration, task or policy that cannot be used; says what to write instead.
@@ -66,34 +72,65 @@ def evaluate_files(
             f"no user engages with a running campaign between {report['splits'][0]} and the end of the horizon; "
             f"move --split-at, or check the campaigns' windows"
         )
+    if output is not None:
+        log.info(f"written: {', '.join(map(str, write_report(report, output)))}")
     return report
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:
-    """The report as tables."""
-    splits = f"{len(report['splits'])} splits from {report['splits'][0]}, horizon {report['horizon_days']:g} days"
-    title = f"{report['users']:,} users, {report['answers']:,} answers, {splits}, task `{report['task']}`"
-    table = Table(title=title, box=None)
-    table.add_column("policy")
-    names = ("ndcg@10", "recall@5", "recall@10", "mrr", "hit_rate@10", "novelty@10")
-    for name in names:
-        table.add_column(name, justify="right")
-    table.add_column("coverage@10", justify="right")
-    for policy, entry in sorted(report["policies"].items(), key=lambda one: -one[1]["ndcg@10"]["mean"]):
-        cells = [_cell(entry[name]) for name in names]
-        table.add_row(policy, *cells, f"{entry['coverage@10']:.3f}")
-    console.print(table)
-    if report["differences"]:
-        differences = Table(title=f"NDCG@10 that `{REFERENCE}` is ahead of …", box=None)
-        differences.add_column("policy")
-        differences.add_column("by [95 % interval]", justify="right")
-        for pair, entry in report["differences"].items():
-            differences.add_row(pair.removeprefix(f"{REFERENCE} - "), _cell(entry["ndcg@10"]))
-        console.print(differences)
+    """The report as tables; the first by NDCG@10 with its interval, the other metrics as means."""
+    policies = sorted(report["policies"].items(), key=lambda one: (-one[1]["ndcg@10"]["mean"], one[0]))
+    differences = report["differences"]
+    console.width = max(console.width, _WIDTH)  # wrapped by a narrower terminal, not cut off here
+    console.print(f"{headline(report)}\n", highlight=False, soft_wrap=True)
+    _print_table(
+        console,
+        ["policy", "ndcg@10 (95 %)", *_BRIEF, "coverage@10"],
+        [
+            [
+                policy,
+                _interval(entry["ndcg@10"]),
+                *(f"{entry[name]['mean']:.3f}" for name in _BRIEF),
+                f"{entry['coverage@10']:.3f}",
+            ]
+            for policy, entry in policies
+        ],
+    )
+    _print_table(
+        console,
+        ["policy", f"ndcg@10 {REFERENCE} is ahead by", "of the cold", "of the warm"],
+        [
+            [
+                policy,
+                _interval(differences[pair]["ndcg@10"], "+")
+                if (pair := f"{REFERENCE} - {policy}") in differences
+                else "",
+                *(_interval(entry["segments"].get(segment, {}).get("ndcg@10")) for segment in ("cold", "warm")),
+            ]
+            for policy, entry in policies
+        ],
+    )
+    calibrated = [(policy, entry["calibration"]) for policy, entry in policies if "calibration" in entry]
+    if calibrated:
+        names = list(calibrated[0][1])
+        rows = [[policy, *(f"{entry[name]:.4f}" for name in names)] for policy, entry in calibrated]
+        _print_table(console, ["policy", *(name.replace("_", " ") for name in names)], rows)
 
 
-def _cell(one: dict[str, float]) -> str:
-    return f"{one['mean']:.3f} [dim]{one['low']:.3f}…{one['high']:.3f}[/]"
+def _print_table(console: Console, header: list[str], rows: list[list[str]]) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for at, name in enumerate(header):
+        # In two lines, so that all columns fit.
+        table.add_column(
+            name.replace("@10", "\n@10").replace("@5", "\n@5"), justify="right" if at else "left", no_wrap=True
+        )
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, "")
+
+
+def _interval(one: dict[str, float] | None, sign: str = "") -> str:
+    return f"{one['mean']:{sign}.3f} [dim]{one['low']:{sign}.3f}…{one['high']:{sign}.3f}[/]" if one else ""
 
 
 def _plan(
@@ -105,10 +142,15 @@ def _plan(
     last = int(events[-1])
     first = _moment("--split-at", split_at)
     end = _moment("--until", until) if until else last + 1
+    if first > last:
+        newest = datetime.fromtimestamp(last / 1000, UTC)
+        raise InputError(f"--split-at {split_at}: the last click or conversion is of {newest:%Y-%m-%dT%H:%M:%SZ}")
     if first >= end:
-        raise InputError("--split-at must lie before --until and before the last event")
+        raise InputError(f"--until {until}: must lie behind --split-at {split_at}")
     horizon_ms = _duration("--horizon", horizon) if horizon else end - first
     every_ms = _duration("--every", every) if every else max(end - first, horizon_ms)
+    if (splits := (end - first) // every_ms) > _MAX_SPLITS:
+        raise InputError(f"--every {every}: makes {splits:,} splits, and {_MAX_SPLITS} are the most; split less often")
     return Plan(first, every_ms, horizon_ms, end, task)
 
 

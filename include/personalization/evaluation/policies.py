@@ -1,5 +1,6 @@
 """Policies: what ranks campaigns at a moment. The shipped one, its parts, and the baselines it must beat."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -61,10 +62,13 @@ def _own_history(moment: Moment) -> Matrix:
 def _item_knn(moment: Moment) -> Matrix:
     """Item-kNN by cosine over the engaged users (Sarwar et al. 2001), of `implicit`."""
     from implicit.nearest_neighbours import CosineRecommender
+    from implicit.utils import ParameterWarning
 
     engaged = _engaged(moment)
     model = CosineRecommender(K=100, num_threads=1)
-    model.fit(engaged, show_progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ParameterWarning)  # of a format that it converts to by itself
+        model.fit(engaged, show_progress=False)
     columns = moment.example.columns
     return _first_by(
         (engaged[moment.example.users] @ model.similarity.tocsr()[:, columns]).toarray(), _popularity(moment)
@@ -74,13 +78,18 @@ def _item_knn(moment: Moment) -> Matrix:
 def _als(moment: Moment) -> Matrix:
     """Matrix factorisation of implicit feedback (Hu, Koren and Volinsky 2008), of `implicit`."""
     from implicit.als import AlternatingLeastSquares
+    from threadpoolctl import threadpool_limits
 
     engaged = _engaged(moment)
+    # The others would only take numbers from the generator that the factors start from.
+    known = np.flatnonzero(np.diff(engaged.indptr))
     model = AlternatingLeastSquares(factors=_FACTORS, iterations=15, random_state=0, num_threads=1, use_gpu=False)
-    model.fit(engaged, show_progress=False)
-    scores = model.user_factors[moment.example.users] @ model.item_factors[moment.example.columns].T
-    known = np.diff(engaged[moment.example.users].indptr) > 0
-    return _first_by(np.where(known[:, None], scores, 0), _popularity(moment))
+    with threadpool_limits(1, "blas"):
+        model.fit(engaged[known], show_progress=False)
+    factors = np.zeros((engaged.shape[0], model.item_factors.shape[1]), dtype=np.float32)
+    factors[known] = model.user_factors
+    scores = factors[moment.example.users] @ model.item_factors[moment.example.columns].T
+    return _first_by(scores, _popularity(moment))
 
 
 def _similar_users(moment: Moment) -> Matrix:

@@ -81,7 +81,7 @@ def evaluate_stores(
     report = summarise(replay, plan, outcomes)
     if report["answers"] < MIN_ANSWERS:
         raise TooLittleFeedbackError(
-            f"{report['answers']} users engaged with a campaign that they could be shown, and {MIN_ANSWERS} are needed; "
+            f"{report['answers']} users engaged with a campaign that they could be shown, which takes {MIN_ANSWERS}; "
             f"set more weeks, or check the windows of the catalog's campaigns"
         )
     analytics.record_evaluation(result_rows(evaluation_id, report))
