@@ -97,18 +97,20 @@ def personalization_pipeline() -> None:
     graph = task(tasks.build_graph, **MAPPED).expand(user_page=user_pages)
     engagement = task(tasks.roll_up_engagement)(user_pages)
     profiles = task(tasks.refresh_profiles, **EVEN_IF_NOTHING_NEW)()
-    published = task(tasks.publish, **EVEN_IF_NOTHING_NEW)(user_pages)
+    learned = task(tasks.learn, **EVEN_IF_NOTHING_NEW)(user_pages)
+    published = task(tasks.publish, **EVEN_IF_NOTHING_NEW)(user_pages, learned)
     lineage = task(tasks.record_lineage)().as_teardown(on_failure_fail_dagrun=True)
 
     prepared >> [utterances, embedded, events]
     events >> user_pages
-    [user_pages, upserted] >> profiles
+    upserted >> [profiles, learned]
+    user_pages >> profiles
     # A teardown's success would make the run green; `complete` is green only where `publish` is.
     complete = EmptyOperator(task_id="complete")
     [graph, engagement, profiles] >> published >> complete
     # Behind every task, so that it waits for those that still run when another has failed.
     taken = [prepared, shards, events, utterances, embedded, upserted]
-    [*taken, user_pages, graph, engagement, profiles, published] >> lineage
+    [*taken, user_pages, graph, engagement, profiles, learned, published] >> lineage
 
 
 personalization_pipeline()

@@ -21,6 +21,7 @@ _SECONDS_PER_ROW = {
     "build_graph": 0.0018,
     "roll_up_engagement": 0.0003,
     "refresh_profiles": 0.0006,
+    "learn": 0.0008,
     "publish": 0.0,
 }
 _INTENTS = {

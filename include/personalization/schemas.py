@@ -119,6 +119,8 @@ ENGAGEMENT_STRENGTH: dict[str, float] = {"mention": 0.25, "click": 1.0, "convers
 """How much a signal says for a campaign when it is new. A mention is a message that speaks to it."""
 
 DAY_MS = 86_400_000
+INTERESTS_PER_USER = 4
+"""Topics of a user that are kept apart."""
 
 
 class Event(BaseModel):

@@ -4,6 +4,7 @@ Imports are inside, so that parsing the DAG loads no driver; torch comes with th
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from personalization.schemas import Ref
 
@@ -164,7 +165,27 @@ def refresh_profiles() -> None:
         vectors.refresh_profiles(s.report, space=s.space, analytics=analytics, vectors=store, settings=s.settings)
 
 
-def publish(user_pages: list[Ref]) -> None:
+def learn(user_pages: list[Ref]) -> bool:
+    """Draw what is known of the campaigns, and fit the ranker."""
+    from personalization.pipeline import learn
+
+    from personalization_airflow.stage import stage
+    from personalization_airflow.stores import analytics_store, vector_store
+
+    with stage("learn") as s, analytics_store(s.settings) as analytics, vector_store() as vectors:
+        return learn.learn(
+            s.report,
+            user_pages,
+            catalog=s.catalog,
+            space=s.space,
+            analytics=analytics,
+            vectors=vectors,
+            staging=s.staging,
+            settings=s.settings,
+        )
+
+
+def publish(user_pages: list[Ref], learned: bool) -> None:
     """Make the run's data what is served."""
     from personalization.pipeline import publish
 
@@ -188,6 +209,7 @@ def publish(user_pages: list[Ref]) -> None:
         publish.publish(
             s.report,
             user_pages,
+            learned,
             catalog=s.catalog,
             space=s.space,
             mongo=mongo,
@@ -198,6 +220,38 @@ def publish(user_pages: list[Ref]) -> None:
             staging=s.staging,
             settings=s.settings,
         )
+
+
+def evaluate() -> dict[str, Any]:
+    """Replay the last weeks of what the stores hold; return each policy's NDCG@10. Skipped with too little feedback."""
+    from airflow.sdk import get_current_context
+    from airflow.sdk.exceptions import AirflowSkipException
+    from personalization.errors import TooLittleFeedbackError
+    from personalization.evaluation.policies import STANDARD
+    from personalization.evaluation.recording import Request, evaluate_stores
+
+    from personalization_airflow.stage import stage
+    from personalization_airflow.stores import analytics_store, vector_store
+
+    params = get_current_context()["params"]
+    request = Request(params["task"], params["split_days"], params["weeks"], params["policies"] or STANDARD)
+    with stage("evaluate") as s, analytics_store(s.settings) as analytics, vector_store() as vectors:
+        try:
+            report = evaluate_stores(
+                s.report,
+                request,
+                catalog=s.take_catalog(),
+                space=s.space,
+                analytics=analytics,
+                vectors=vectors,
+                staging=s.staging,
+                settings=s.settings,
+            )
+        except TooLittleFeedbackError as error:
+            report, reason = None, str(error)
+    if report is None:
+        raise AirflowSkipException(reason)
+    return {policy: entry["ndcg@10"] for policy, entry in report["policies"].items()}
 
 
 def record_lineage() -> None:

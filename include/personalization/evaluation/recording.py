@@ -1,6 +1,7 @@
 """The evaluation of what the stores hold, kept for the dashboard."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,9 +12,11 @@ from personalization.evaluation.policies import STANDARD, check_policies
 from personalization.evaluation.replay import REFERENCE, Plan, Replay, summarise
 from personalization.learning.loading import load_history
 from personalization.learning.training import Task
-from personalization.recommend.sources import Matrix
+from personalization.pipeline.embed import campaign_vectors_of, embed_campaigns
+from personalization.pipeline.lineage import StageReport
 from personalization.schemas import DAY_MS, Catalog, parse_moment
 from personalization.settings import Settings
+from personalization.staging import Staging, read
 from personalization.stores.analytics import AnalyticsStore
 from personalization.stores.milvus import VectorSpace, VectorStore
 
@@ -23,69 +26,80 @@ MIN_ANSWERS = 20
 log = structlog.get_logger(__name__)
 
 
-def plan_last_weeks(analytics: AnalyticsStore, task: Task, split_days: int, weeks: int) -> Plan:
-    """Splits every `split_days` over the last `weeks` with feedback, each with the horizon to the next.
+@dataclass(frozen=True)
+class Request:
+    """What to evaluate."""
 
-    Two queries, nothing else is read.
-
-    Raises:
-        TooLittleFeedbackError: there are too few clicks and conversions in these weeks.
-    """
-    last = analytics.last_feedback_at()
-    if last is None:
-        raise TooLittleFeedbackError(
-            "there is no click and no conversion to measure by; send events to the pipeline or to POST /events"
-        )
-    until = (last // DAY_MS + 1) * DAY_MS
-    first = until - weeks * 7 * DAY_MS
-    found = analytics.count_feedback(first)
-    if found < MIN_ANSWERS:
-        raise TooLittleFeedbackError(
-            f"{found} clicks and conversions in the last {weeks} weeks are too few to tell policies apart, which "
-            f"takes {MIN_ANSWERS}; set more weeks, or wait for more"
-        )
-    return Plan(first, split_days * DAY_MS, split_days * DAY_MS, until, task)
+    task: Task = "new"
+    split_days: int = 7
+    """From each split to the next, and how far behind it engagement counts."""
+    weeks: int = 4
+    """How long before the last click or conversion the first split lies."""
+    policies: Sequence[str] = STANDARD
 
 
 def evaluate_stores(
-    evaluation_id: str,
-    plan: Plan,
-    policies: Sequence[str] | None,
+    report: StageReport,
+    request: Request,
     *,
+    catalog: Catalog,
+    space: VectorSpace,
     analytics: AnalyticsStore,
     vectors: VectorStore,
-    space: VectorSpace,
-    catalog: Catalog,
-    campaign_vectors: Matrix,
+    staging: Staging,
     settings: Settings,
 ) -> dict[str, Any]:
-    """Replay the stores' history by the plan, keep the figures under the id, and return the report.
+    """Replay the stores' history, keep the figures under the run's id, and return all of them.
 
-    Costs what `load_history` does, and at each split and at the twelve moments before it a snapshot and rankers.
+    Two small queries where there is too little feedback. Else what `load_history` costs, and a snapshot and rankers
+    for each split and the moments that are learned from.
 
     Raises:
-        TooLittleFeedbackError: too few users engaged with what they could be shown.
+        TooLittleFeedbackError: there are too few clicks and conversions to tell one policy from another.
         InputError: a policy is not known.
     """
-    chosen = check_policies(policies or STANDARD)
+    policies = check_policies(request.policies)
+    analytics.ensure_schema()
+    plan = _plan(analytics, request)
+    vectors.ensure_schema(space)
+    staged = embed_campaigns(report, catalog=catalog, staging=staging, settings=settings)
     history = load_history(
         analytics=analytics,
         vectors=vectors,
         space=space,
         catalog=catalog,
-        campaign_vectors=campaign_vectors,
+        campaign_vectors=campaign_vectors_of(read(staged), catalog),
         settings=settings,
     )
     replay = Replay(history, plan)
-    outcomes = replay.run(chosen, lambda done: log.info(f"{done} of {len(plan.splits)} splits replayed"))
-    report = summarise(replay, plan, outcomes)
-    if report["answers"] < MIN_ANSWERS:
+    outcomes = replay.run(policies, lambda done: log.info(f"{done} of {len(plan.splits)} splits replayed"))
+    figures = summarise(replay, plan, outcomes)
+    if figures["answers"] < MIN_ANSWERS:
         raise TooLittleFeedbackError(
-            f"{report['answers']} users engaged with a campaign that they could be shown, which takes {MIN_ANSWERS}; "
+            f"{figures['answers']} users engaged with a campaign that they could be shown, which takes {MIN_ANSWERS}; "
             f"set more weeks, or check the windows of the catalog's campaigns"
         )
-    analytics.record_evaluation(result_rows(evaluation_id, report))
-    return report
+    analytics.record_evaluation(result_rows(report.run_id, figures))
+    report.rows_in, report.rows_out = len(history.signals.at), figures["answers"]
+    return figures
+
+
+def _plan(analytics: AnalyticsStore, request: Request) -> Plan:
+    last = analytics.last_feedback_at()
+    if last is None:
+        raise TooLittleFeedbackError(
+            "there is no click and no conversion to measure by; send events to the pipeline or the API"
+        )
+    until = (last // DAY_MS + 1) * DAY_MS
+    first = until - request.weeks * 7 * DAY_MS
+    found = analytics.count_feedback(first)
+    if found < MIN_ANSWERS:
+        raise TooLittleFeedbackError(
+            f"{found} clicks and conversions in {request.weeks} weeks are too few to tell policies apart, which takes "
+            f"{MIN_ANSWERS}; set more weeks, or wait for more"
+        )
+    step = request.split_days * DAY_MS
+    return Plan(first, step, step, until, request.task)
 
 
 def result_rows(evaluation_id: str, report: dict[str, Any]) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from personalization.learning.metrics import (
     top_places,
     user_metrics,
 )
-from personalization.learning.training import MOMENTS, Example, Task, choose_ranker, fit_ranker, take_example
+from personalization.learning.training import Example, Task, choose_ranker, fit_ranker, past_moments, take_example
 from personalization.recommend.ranking import LearnedRanker, Ranker, all_features
 from personalization.recommend.sources import Matrix, Vector, Whole
 from personalization.schemas import DAY_MS
@@ -120,11 +120,8 @@ class Replay:
 
     def _past(self, split: int) -> list[Example]:
         """Examples of moments whose horizon ends by the split, oldest first."""
-        step = self._plan.every_ms
-        newest = split - -(-self._plan.horizon_ms // step) * step
-        oldest = int(self._history.signals.at[0]) if len(self._history.signals.at) else split
-        moments = [newest - back * step for back in range(MOMENTS)]
-        return [self._example(moment) for moment in reversed(moments) if moment > oldest]
+        moments = past_moments(self._history, split, self._plan.horizon_ms, self._plan.every_ms)
+        return [self._example(moment) for moment in moments]
 
     def _example(self, moment: int) -> Example:
         if moment not in self._examples:
@@ -132,9 +129,7 @@ class Replay:
         return self._examples[moment]
 
 
-def _keep(
-    outcome: Outcome, example: Example, scores: Matrix, popularity: Vector, is_cold: np.ndarray[Any, np.dtype[np.bool_]]
-) -> None:
+def _keep(outcome: Outcome, example: Example, scores: Matrix, popularity: Vector, is_cold: Flags) -> None:
     outcome.owners.append(example.users)
     outcome.cold.append(is_cold)
     for metric, values in user_metrics(scores, example.allowed, example.truth).items():

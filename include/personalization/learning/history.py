@@ -23,11 +23,9 @@ from personalization.recommend.sources import (
     log_strength,
     unit_rows,
 )
-from personalization.schemas import DAY_MS, ENGAGEMENT_STRENGTH, Campaign
+from personalization.schemas import DAY_MS, ENGAGEMENT_STRENGTH, INTERESTS_PER_USER, Campaign
 
 HALF_LIFE_DAYS = 30.0
-INTERESTS = 4
-"""Interests of a user that are kept apart."""
 INTEREST_COSINE = 0.5
 """Least cosine of a message to an interest to be of it."""
 RECENT_MESSAGES = 50
@@ -311,7 +309,7 @@ def _interests(messages: Messages, places: Whole, moment: int) -> np.ndarray[Any
     order = np.lexsort((messages.at, messages.user))
     users = messages.user[order]
     starts, ends = np.searchsorted(users, places), np.searchsorted(users, places, side="right")
-    found = np.zeros((len(places), INTERESTS, messages.vectors.shape[1]), dtype=np.float32)
+    found = np.zeros((len(places), INTERESTS_PER_USER, messages.vectors.shape[1]), dtype=np.float32)
     for at, (start, end) in enumerate(zip(starts, ends, strict=True)):
         newest = order[max(start, end - RECENT_MESSAGES) : end]
         kept = interests_of(messages.vectors[newest], _decay(moment - messages.at[newest]))
@@ -320,7 +318,7 @@ def _interests(messages: Messages, places: Whole, moment: int) -> np.ndarray[Any
 
 
 def interests_of(vectors: Matrix, weights: Vector) -> Matrix:
-    """Up to `INTERESTS` unit vectors, shape (k, D), of the topics of `vectors`, shape (n, D), heaviest first.
+    """Up to `INTERESTS_PER_USER` unit vectors, shape (k, D), of the topics of `vectors`, shape (n, D), heaviest first.
 
     Leader clustering (Hartigan 1975): a message joins the topic of the nearest earlier leader, or leads
     a new one. O(n · topics · D).
@@ -338,7 +336,7 @@ def interests_of(vectors: Matrix, weights: Vector) -> Matrix:
             leaders.append(vector)
             sums.append(weight * vector)
             mass.append(float(weight))
-    heaviest = sorted(range(len(mass)), key=lambda at: -mass[at])[:INTERESTS]
+    heaviest = sorted(range(len(mass)), key=lambda at: -mass[at])[:INTERESTS_PER_USER]
     return unit(np.asarray([sums[at] for at in heaviest], dtype=np.float32).reshape(-1, vectors.shape[1]))
 
 

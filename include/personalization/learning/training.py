@@ -84,6 +84,20 @@ def take_example(history: History, moment: int, horizon_ms: int, task: Task) -> 
     return Example(moment, users, snapshot.columns, evidence, allowed[users], truth[users])
 
 
+def past_moments(history: History, moment: int, horizon_ms: int, every_ms: int) -> list[int]:
+    """Moments to learn from at `moment`: their whole horizon lies before it. Oldest first, at most `MOMENTS`."""
+    newest = moment - -(-horizon_ms // every_ms) * every_ms
+    oldest = int(history.signals.at[0]) if len(history.signals.at) else moment
+    moments = (newest - back * every_ms for back in reversed(range(MOMENTS)))
+    return [one for one in moments if one > oldest]
+
+
+def past_examples(history: History, moment: int, horizon_ms: int, every_ms: int, task: Task) -> list[Example]:
+    """The examples to learn from at `moment`."""
+    moments = past_moments(history, moment, horizon_ms, every_ms)
+    return [take_example(history, one, horizon_ms, task) for one in moments]
+
+
 def fit_ranker(examples: Sequence[Example], features: tuple[str, ...] | None = None) -> LearnedRanker | None:
     """Fit trees to the examples, and the calibration to the newest; None where there is too little to learn from.
 

@@ -44,7 +44,8 @@ def detect_intents(
     classifier = fitted_classifier(utterances)
     run_id = report.run_id
     built = analytics.serving_state()
-    if built is None or built.intents_version != intents_version(catalog, settings):
+    intents_changed = built is None or built.intents_version != intents_version(catalog, settings)
+    if intents_changed:
         for known in analytics.all_messages(settings.shard_rows):
             log.info(f"the catalog's intents changed: classifying {len(known):,} stored messages again")
             _keep(report, analytics, _with_vectors(known, space, vectors), classifier, settings.intent_keep)
@@ -54,7 +55,7 @@ def detect_intents(
         of_run = [{**message, "run_id": run_id} for message in messages]
         _keep(report, analytics, (of_run, embeddings_of(table)), classifier, settings.intent_keep)
 
-    catalog_changed = built is None or built.catalog_version != catalog_version(catalog)
+    catalog_changed = intents_changed or built is None or built.catalog_version != catalog_version(catalog)
     pages = analytics.users(None if catalog_changed else run_id, settings.shard_rows)
     refs = _stage_pages(pages, staging)
     report.details = {"users": sum(ref["rows"] for ref in refs), "catalog_changed": catalog_changed}

@@ -25,6 +25,7 @@ STAGES = (
     "build_graph",
     "roll_up_engagement",
     "refresh_profiles",
+    "learn",
     "publish",
 )
 

@@ -3,6 +3,7 @@
 import structlog
 
 from personalization.catalog.loading import catalog_version, intents_version
+from personalization.pipeline.learn import SERVED_FILE
 from personalization.pipeline.lineage import StageReport
 from personalization.schemas import Catalog, Ref
 from personalization.settings import Settings
@@ -19,6 +20,7 @@ log = structlog.get_logger(__name__)
 def publish(
     report: StageReport,
     user_pages: list[Ref],
+    learned: bool,
     *,
     catalog: Catalog,
     space: VectorSpace,
@@ -46,7 +48,10 @@ def publish(
         **graph.totals(),
         "users_without_intent": analytics.count_users_without_intent(),
     }
-    if user_pages:
+    if learned:
+        content = (staging.root / SERVED_FILE).read_bytes()
+        analytics.publish_served(content, report.run_id)
+    if user_pages or learned:
         report.details["generation"] = cache.next_generation()
     # Last, so that whatever fails above leaves the work to be taken up again.
     analytics.set_serving_state(catalog_version(catalog), intents_version(catalog, settings), report.run_id)

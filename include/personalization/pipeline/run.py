@@ -16,6 +16,7 @@ from personalization.pipeline.events import ingest_events
 from personalization.pipeline.graph import build_graph
 from personalization.pipeline.ingest import ingest
 from personalization.pipeline.intents import detect_intents
+from personalization.pipeline.learn import learn
 from personalization.pipeline.lineage import StageReport, record_lineage, reported
 from personalization.pipeline.prepare import prepare
 from personalization.pipeline.publish import publish
@@ -147,10 +148,22 @@ def _run_stages(
         roll_up_engagement(report, pages, analytics=analytics, settings=settings)
     with stage("refresh_profiles") as report:
         refresh_profiles(report, space=space, analytics=analytics, vectors=vectors, settings=settings)
+    with stage("learn") as report:
+        learned = learn(
+            report,
+            pages,
+            catalog=catalog,
+            space=space,
+            analytics=analytics,
+            vectors=vectors,
+            staging=staging,
+            settings=settings,
+        )
     with stage("publish") as report:
         publish(
             report,
             pages,
+            learned,
             catalog=catalog,
             space=space,
             mongo=mongo,

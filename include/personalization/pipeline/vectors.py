@@ -4,13 +4,15 @@ from collections import defaultdict
 
 import numpy as np
 
+from personalization.learning.history import RECENT_MESSAGES, interests_of
 from personalization.pipeline.embed import embeddings_of
 from personalization.pipeline.lineage import StageReport
-from personalization.schemas import DAY_MS, Ref
+from personalization.recommend.sources import Vector
+from personalization.schemas import DAY_MS, INTERESTS_PER_USER, Ref
 from personalization.settings import Settings
 from personalization.staging import read
 from personalization.stores.analytics import AnalyticsStore
-from personalization.stores.milvus import MESSAGES, USERS, VectorSpace, VectorStore
+from personalization.stores.milvus import INTERESTS, MESSAGES, USERS, VectorSpace, VectorStore, interest_id
 
 _USERS_AT_ONCE = 250
 
@@ -33,7 +35,7 @@ def refresh_profiles(
     vectors: VectorStore,
     settings: Settings,
 ) -> None:
-    """Set the vectors of the users whose messages the run embedded; events and an edit of the catalog move none.
+    """Set the vectors and interests of the users whose messages the run embedded; nothing else moves them.
 
     A user's vector is the L2-normalised sum of their newest messages' vectors, each weighted by
     2^(-age / half-life), age counted from the user's newest message: so a repeat changes nothing.
@@ -41,8 +43,12 @@ def refresh_profiles(
     """
     for user_ids in analytics.users_with_messages(report.run_id, _USERS_AT_ONCE):
         report.rows_in += len(user_ids)
-        rows = _profiles(user_ids, space, analytics, vectors, settings)
+        rows, interests = _profiles(user_ids, space, analytics, vectors, settings)
         vectors.upsert(space.collection(USERS), rows)
+        vectors.upsert(space.collection(INTERESTS), interests)
+        kept = {one["id"] for one in interests}
+        possible = (interest_id(one, place) for one in user_ids for place in range(INTERESTS_PER_USER))
+        vectors.delete(space.collection(INTERESTS), [one for one in possible if one not in kept])
         report.rows_out += len(rows)
 
 
@@ -52,31 +58,37 @@ def _profiles(
     analytics: AnalyticsStore,
     vectors: VectorStore,
     settings: Settings,
-) -> list[dict[str, object]]:
-    newest = analytics.newest_messages(user_ids, settings.profile_max_messages)
-    last_seen: dict[str, int] = defaultdict(int)
-    for message in newest:
-        last_seen[message["user_id"]] = max(last_seen[message["user_id"]], message["timestamp"])
-    users = list(last_seen)
-    place = {user_id: at for at, user_id in enumerate(users)}
-    weights = {
-        message["message_id"]: (
-            place[message["user_id"]],
-            _weight(last_seen[message["user_id"]] - message["timestamp"], settings.profile_half_life_days),
-        )
-        for message in newest
+) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+    """Rows of the users, and of their interests."""
+    newest = sorted(
+        analytics.newest_messages(user_ids, settings.profile_max_messages),
+        key=lambda message: (message["timestamp"], message["message_id"]),
+    )
+    found = {
+        row["id"]: np.asarray(row["embedding"], dtype=np.float32)
+        for rows in vectors.vectors(space.collection(MESSAGES), [message["message_id"] for message in newest])
+        for row in rows
     }
-    sums = np.zeros((len(users), space.dim), dtype=np.float32)
-    for rows in vectors.vectors(space.collection(MESSAGES), list(weights)):
-        for row in rows:
-            at, weight = weights[row["id"]]
-            sums[at] += weight * np.asarray(row["embedding"], dtype=np.float32)
-    norms = np.linalg.norm(sums, axis=1)
-    return [
-        {"id": user_id, "last_seen": last_seen[user_id], "embedding": sums[at] / norms[at]}
-        for user_id, at in place.items()
-        if norms[at] > 0
-    ]
+    said: dict[str, list[tuple[int, Vector]]] = defaultdict(list)
+    for message in newest:
+        if message["message_id"] in found:
+            said[message["user_id"]].append((message["timestamp"], found[message["message_id"]]))
+    profiles: list[dict[str, object]] = []
+    interests: list[dict[str, object]] = []
+    for user_id, messages in said.items():
+        last_seen = messages[-1][0]
+        weights = np.asarray([_weight(last_seen - at, settings.profile_half_life_days) for at, _ in messages])
+        matrix = np.stack([vector for _, vector in messages])
+        total = weights @ matrix
+        if (norm := np.linalg.norm(total)) == 0:
+            continue
+        profiles.append({"id": user_id, "last_seen": last_seen, "embedding": total / norm})
+        apart = interests_of(matrix[-RECENT_MESSAGES:], weights[-RECENT_MESSAGES:])
+        interests += [
+            {"id": interest_id(user_id, place), "user_id": user_id, "last_seen": last_seen, "embedding": vector}
+            for place, vector in enumerate(apart)
+        ]
+    return profiles, interests
 
 
 def _weight(age_ms: int, half_life_days: float) -> np.float32:

@@ -97,17 +97,18 @@ class RankFusion:
 
 DEFAULT_FUSION = RankFusion(
     {
-        "own_intents": 1.0,
-        "own_engagement": 1.0,
+        "own_intents": 2.0,
+        "own_engagement": 2.0,
         "similar_users": 1.0,
         "co_engagement": 1.0,
         "graph_walk": 1.0,
-        "message_similarity": 1.0,
+        "message_similarity": 2.0,
         "audience_similarity": 1.0,
-        "popularity": 1.0,
+        "popularity": 2.0,
         "recency": 1.0,
     }
 )
+"""Twice the weight to what is the user's own, and to popularity, which is hard to beat without feedback."""
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,11 @@ from sqlalchemy import (
     Connection,
     DateTime,
     Dialect,
+    Double,
     Engine,
     Index,
     LargeBinary,
+    Numeric,
     Select,
     String,
     case,
@@ -62,6 +64,7 @@ _BUSY_TIMEOUT_MS = 30_000
 _ID_CHUNK = 1000
 _STREAM_ROWS = 10_000
 _FORGOTTEN = 1000.0  # half-lives after which a signal weighs nothing; databases refuse to underflow
+_WEIGHT_DIGITS = 9
 _SERVING = 1
 _EVENTS_KEPT_S = 365 * 86_400
 _EVENTS_KEPT = 5000
@@ -285,8 +288,6 @@ class Served(Base):
     __tablename__ = "served"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    version: Mapped[str] = mapped_column(String(64))
-    """The ranker's."""
     content: Mapped[bytes] = mapped_column(LargeBinary)
     run_id: Mapped[str] = mapped_column(String(250))
     published_at: Mapped[datetime] = mapped_column(UtcDateTime)
@@ -600,11 +601,17 @@ class AnalyticsStore:
         with analytics_errors(), Session(self.engine) as session, session.begin():
             session.merge(state)
 
-    def publish_served(self, version: str, content: bytes, run_id: str) -> None:
+    def publish_served(self, content: bytes, run_id: str) -> None:
         """Set what the API answers from, in one transaction."""
-        row = Served(id=_SERVING, version=version, content=content, run_id=run_id, published_at=datetime.now(UTC))
+        row = Served(id=_SERVING, content=content, run_id=run_id, published_at=datetime.now(UTC))
         with analytics_errors(), Session(self.engine) as session, session.begin():
             session.merge(row)
+
+    def served_at(self) -> int | None:
+        """When the API's knowledge was published, in epoch milliseconds; None before the first publish."""
+        with analytics_errors(), self.engine.connect() as connection:
+            published = connection.execute(select(Served.published_at)).scalar_one_or_none()
+        return int(published.timestamp() * 1000) if published else None
 
     def _stream(self, query: Select[*tuple[Any, ...]]) -> Iterator[list[list[Any]]]:
         with analytics_errors(), self.engine.connect() as connection:
@@ -743,7 +750,7 @@ def _engagement_query(user_ids: Sequence[str], half_life_days: float) -> Select[
         last("impression").label("last_impression_at"),
         last("conversion").label("last_conversion_at"),
         last("dismiss").label("last_dismiss_at"),
-        func.sum(_decayed(dated.c.strength, dated.c.weight_at - moment, half_life_days)).label("weight"),
+        _decayed_sum(dated.c.strength, dated.c.weight_at - moment, half_life_days).label("weight"),
         func.max(dated.c.weight_at).label("weight_at"),
     ).group_by(dated.c.user_id, dated.c.campaign_id)
 
@@ -768,14 +775,20 @@ def _expressed_query(user_ids: Sequence[str], half_life_days: float) -> Select[*
         func.count().label("count"),
         func.max(dated.c.last_seen).label("last_seen"),
         func.avg(dated.c.confidence).label("confidence"),
-        func.sum(_decayed(dated.c.confidence, age, half_life_days)).label("weight"),
+        _decayed_sum(dated.c.confidence, age, half_life_days).label("weight"),
     ).group_by(dated.c.user_id, dated.c.intent_id)
 
 
-def _decayed(value: ColumnElement[float], age_ms: ColumnElement[int], half_life_days: float) -> ColumnElement[float]:
-    """The value, halved for every half-life of its age. 0 stays 0, whatever its age."""
+def _decayed_sum(
+    value: ColumnElement[float], age_ms: ColumnElement[int], half_life_days: float
+) -> ColumnElement[float]:
+    """Sum of the values, each halved for every half-life of its age. 0 stays 0, whatever its age.
+
+    Rounded to nine digits, so that it does not depend on the order in which the database adds.
+    """
     half_lives = age_ms / literal(half_life_days * DAY_MS)
-    return case((value == 0, 0.0), (half_lives > _FORGOTTEN, 0.0), else_=value * func.power(0.5, half_lives))
+    decayed = case((value == 0, 0.0), (half_lives > _FORGOTTEN, 0.0), else_=value * func.power(0.5, half_lives))
+    return func.round(func.sum(decayed).cast(Numeric), _WEIGHT_DIGITS).cast(Double)
 
 
 def _complete_schema(engine: Engine) -> None:

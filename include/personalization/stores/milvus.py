@@ -18,6 +18,7 @@ from pymilvus import AsyncMilvusClient, DataType, MilvusClient
 from pymilvus.exceptions import MilvusException
 
 from personalization.errors import StoreError
+from personalization.schemas import INTERESTS_PER_USER
 from personalization.settings import Settings
 
 Vector = np.ndarray[tuple[int], np.dtype[np.float32]]
@@ -27,8 +28,6 @@ MESSAGES = "messages"
 USERS = "users"
 INTERESTS = "interests"
 """Up to `INTERESTS_PER_USER` rows a user, by `interest_id`."""
-
-INTERESTS_PER_USER = 4
 
 GRPC_OPTIONS = {"grpc.keepalive_time_ms": 300_000, "grpc.keepalive_permit_without_calls": 0}
 """pymilvus pings every 10 s; servers with gRPC's default limits hang up on that (`too_many_pings`)."""

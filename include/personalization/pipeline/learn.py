@@ -1,0 +1,79 @@
+"""Learn: what is known of the campaigns, and the ranker, from all that the stores hold."""
+
+import time
+
+import structlog
+
+from personalization.catalog.loading import catalog_version
+from personalization.learning.history import take_snapshot
+from personalization.learning.loading import load_history
+from personalization.learning.training import choose_ranker, past_examples
+from personalization.pipeline.embed import campaign_vectors_of, embed_campaigns
+from personalization.pipeline.lineage import StageReport
+from personalization.recommend.knowledge import ServedKnowledge
+from personalization.recommend.ranking import LearnedRanker
+from personalization.schemas import DAY_MS, Catalog, Ref
+from personalization.settings import Settings
+from personalization.staging import Staging, read, write_atomically
+from personalization.stores.analytics import AnalyticsStore
+from personalization.stores.milvus import VectorSpace, VectorStore
+
+HORIZON_MS = 7 * DAY_MS
+"""How far ahead of a moment engagement counts for it."""
+UPCOMING_MS = 7 * DAY_MS
+"""How long before its start a campaign is made ready."""
+FRESH_MS = DAY_MS // 2
+"""How long knowledge is good while nothing new comes in."""
+SERVED_FILE = "served.npz"
+
+log = structlog.get_logger(__name__)
+
+
+def learn(
+    report: StageReport,
+    user_pages: list[Ref],
+    *,
+    catalog: Catalog,
+    space: VectorSpace,
+    analytics: AnalyticsStore,
+    vectors: VectorStore,
+    staging: Staging,
+    settings: Settings,
+) -> bool:
+    """Stage what `publish` is to serve; False where what is served is still good.
+
+    Draws the knowledge of now, and fits the ranker to the past; it is served only if it beats rank fusion on
+    moments it was not fitted to. Costs one `load_history`, a snapshot for each of thirteen moments and two fits.
+    """
+    now_ms = time.time_ns() // 1_000_000
+    served_at = analytics.served_at()
+    if not user_pages and served_at is not None and now_ms - served_at < FRESH_MS:
+        report.details = {"nothing_new": True}
+        return False
+    staged = embed_campaigns(report, catalog=catalog, staging=staging, settings=settings)
+    history = load_history(
+        analytics=analytics,
+        vectors=vectors,
+        space=space,
+        catalog=catalog,
+        campaign_vectors=campaign_vectors_of(read(staged), catalog),
+        settings=settings,
+    )
+    snapshot = take_snapshot(history, now_ms, upcoming_ms=UPCOMING_MS)
+    choice = choose_ranker(past_examples(history, now_ms, HORIZON_MS, HORIZON_MS, "any"))
+    learned = choice.ranker if isinstance(choice.ranker, LearnedRanker) else None
+    content = ServedKnowledge(catalog, snapshot.campaigns, learned).to_bytes()
+    write_atomically(staging.root / SERVED_FILE, content)
+    report.rows_in = len(history.signals.at)
+    report.rows_out = len(snapshot.campaigns.ids)
+    report.details = {
+        "catalog_version": catalog_version(catalog),
+        "users": len(history.user_ids),
+        "messages": len(history.messages.at),
+        "ranker": choice.ranker.version,
+        "why": choice.reason,
+        "ndcg_gain": choice.gain,
+        "bytes": len(content),
+    }
+    log.info(f"{choice.ranker.version}: {choice.reason}")
+    return True
