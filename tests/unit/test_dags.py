@@ -40,6 +40,11 @@ def pipeline(dagbag: Any) -> Any:
     return dagbag.dags[PIPELINE]
 
 
+@pytest.fixture
+def evaluation(dagbag: Any) -> Any:
+    return dagbag.dags["offline_evaluation"]
+
+
 # --- all DAGs
 
 
@@ -116,6 +121,48 @@ def test_parsing_loads_no_driver_and_no_model(tmp_path: Path, name: str):
     loaded = set(done.stdout.rpartition("loaded:")[2].split())
     assert {"airflow", "personalization_airflow"} <= loaded
     assert loaded & HEAVY == set()
+
+
+# --- the evaluation
+
+
+def test_the_evaluation_is_one_task_a_week(evaluation: Any):
+    assert evaluation.schedule == "@weekly"
+    assert set(evaluation.params) == {"task", "split_days", "weeks", "policies"}
+    assert {"personalization", "evaluation"} <= set(evaluation.tags)
+    [task] = evaluation.tasks
+    assert (task.task_id, task.execution_timeout) == ("evaluate", timedelta(hours=2))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "valid"),
+    [
+        ("task", "new", True),
+        ("task", "any", True),
+        ("task", "old", False),
+        ("task", None, False),
+        ("split_days", 1, True),
+        ("split_days", 0, False),
+        ("split_days", 1.5, False),
+        ("weeks", 52, True),
+        ("weeks", 53, False),
+        ("weeks", "4", False),
+        ("policies", None, True),
+        ("policies", ["shipped", "popularity"], True),
+        ("policies", "shipped", False),
+        ("policies", [7], False),
+    ],
+)
+def test_the_conf_of_an_evaluation_is_checked(evaluation: Any, name: str, value: Any, valid: bool):
+    from airflow.sdk.exceptions import ParamValidationError
+
+    param = evaluation.params.get_param(name)
+
+    if valid:
+        assert param.resolve(value) == value
+    else:
+        with pytest.raises(ParamValidationError):
+            param.resolve(value)
 
 
 # --- the pipeline
