@@ -296,7 +296,7 @@ def test_weight_is_the_sum_of_strengths_halved_by_age(store: AnalyticsStore):
         strength * 2 ** (-(newest - (NOON - int(ages[kind] * DAY_MS))) / (HALF_LIFE * DAY_MS))
         for kind, strength in ENGAGEMENT_STRENGTH.items()
     )
-    assert one.weight == pytest.approx(expected, rel=1e-12)
+    assert one.weight == pytest.approx(expected, abs=1e-9)
 
 
 def test_without_a_positive_signal_there_is_no_weight(store: AnalyticsStore):
