@@ -254,38 +254,6 @@ def evaluate() -> dict[str, Any]:
     return {policy: entry["ndcg@10"] for policy, entry in report["policies"].items()}
 
 
-def evaluate() -> dict[str, Any]:
-    """Replay the last weeks of what the stores hold; return each policy's NDCG@10. Skipped with too little feedback."""
-    from airflow.sdk import get_current_context
-    from airflow.sdk.exceptions import AirflowSkipException
-    from personalization.errors import TooLittleFeedbackError
-    from personalization.evaluation.policies import STANDARD
-    from personalization.evaluation.recording import Request, evaluate_stores
-
-    from personalization_airflow.stage import stage
-    from personalization_airflow.stores import analytics_store, vector_store
-
-    params = get_current_context()["params"]
-    request = Request(params["task"], params["split_days"], params["weeks"], params["policies"] or STANDARD)
-    with stage("evaluate") as s, analytics_store(s.settings) as analytics, vector_store() as vectors:
-        try:
-            report = evaluate_stores(
-                s.report,
-                request,
-                catalog=s.take_catalog(),
-                space=s.space,
-                analytics=analytics,
-                vectors=vectors,
-                staging=s.staging,
-                settings=s.settings,
-            )
-        except TooLittleFeedbackError as error:
-            report, reason = None, str(error)
-    if report is None:
-        raise AirflowSkipException(reason)
-    return {policy: entry["ndcg@10"] for policy, entry in report["policies"].items()}
-
-
 def record_lineage() -> None:
     """Write a row for every stage to `pipeline_runs`, whatever became of the run."""
     from airflow.sdk import get_current_context
