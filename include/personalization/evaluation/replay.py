@@ -78,6 +78,7 @@ class Replay:
         self._history = history
         self._plan = plan
         self._examples: dict[int, Example] = {}
+        self._chosen: dict[int, Ranker] = {}
         self.rankers: dict[int, str] = {}
         """Version of the ranker that the shipped policy used at each split."""
 
@@ -113,9 +114,11 @@ class Replay:
         if trained is None:
             return None
         if trained.gated:
-            chosen = choose_ranker(past)
-            self.rankers[moment] = chosen.ranker.version
-            return chosen.ranker
+            self._chosen[moment] = choose_ranker(past).ranker
+            self.rankers[moment] = self._chosen[moment].version
+            return self._chosen[moment]
+        if not trained.without and isinstance(known := self._chosen.get(moment), LearnedRanker):
+            return known  # fitted to the same examples
         return fit_ranker(past, all_features(trained.without)) or FUSIONS["fusion"]
 
     def _past(self, split: int) -> list[Example]:

@@ -11,6 +11,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from personalization.recommend.sources import (
+    LIFTED,
     SOURCES,
     CampaignKnowledge,
     Matrix,
@@ -39,6 +40,7 @@ _SOURCE_OF_CONTEXT: dict[str, Source] = {
     "audience_interest": "audience_similarity",
     "neighbours": "similar_users",
     "category_affinity": "own_engagement",
+    **{f"{source}_lift": source for source in LIFTED},
 }
 _RISING = frozenset(SOURCES)
 """More of a source must never lower a score; context may do either."""
@@ -54,7 +56,8 @@ class Evidence:
     @classmethod
     def of(cls, campaigns: CampaignKnowledge, users: UserKnowledge) -> Self:
         """Ask every source."""
-        return cls(score_sources(campaigns, users), score_context(campaigns, users))
+        sources = score_sources(campaigns, users)
+        return cls(sources, score_context(campaigns, users, sources))
 
     @cached_property
     def ranks(self) -> dict[Source, Matrix]:

@@ -21,6 +21,8 @@ SOURCES: tuple[Source, ...] = get_args(Source)
 TEXT_SOURCES: frozenset[Source] = frozenset(
     ("own_intents", "similar_users", "message_similarity", "audience_similarity")
 )
+LIFTED: tuple[Source, ...] = ("similar_users", "co_engagement", "graph_walk")
+"""Sources that favour the popular: what is left of them beside popularity tells more of the user."""
 GRAPH_SOURCES: frozenset[Source] = frozenset(("own_engagement", "co_engagement", "graph_walk"))
 
 TREND_HALF_LIVES_DAYS = (1.0, 3.0, 7.0, 30.0)
@@ -120,8 +122,8 @@ def score_sources(campaigns: CampaignKnowledge, users: UserKnowledge) -> dict[So
     }
 
 
-def score_context(campaigns: CampaignKnowledge, users: UserKnowledge) -> Scores:
-    """What decides how far a source is to be trusted: activity, age, trends, (B, C) each."""
+def score_context(campaigns: CampaignKnowledge, users: UserKnowledge, sources: dict[Source, Matrix]) -> Scores:
+    """What decides how far a source is to be trusted: activity, age, trends, lift over popularity, (B, C) each."""
     shape = (len(users.ids), len(campaigns.ids))
     context: Scores = {
         f"trend_{days:g}d": np.broadcast_to(np.log1p(campaigns.trend[:, at]), shape)
@@ -136,6 +138,8 @@ def score_context(campaigns: CampaignKnowledge, users: UserKnowledge) -> Scores:
     context["audience_interest"] = _best_interest(users.interests, campaigns.audience)
     context["neighbours"] = users.neighbours
     context["category_affinity"] = _category_affinity(campaigns, users)
+    for source in LIFTED:
+        context[f"{source}_lift"] = np.asarray(sources[source] / (1 + campaigns.trend[:, -1]), dtype=np.float32)
     return context
 
 
