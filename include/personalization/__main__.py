@@ -235,6 +235,40 @@ def check(
     raise typer.Exit(1 if report.count("error") or (strict and report.findings) else 0)
 
 
+@catalog_app.command("suggest")
+def suggest_catalog(
+    path: Annotated[str, typer.Argument(help="Conversations, as `run` takes them.")],
+    out: Annotated[Path | None, typer.Option(help="File to write; printed if none.", show_default=False)] = None,
+    min_size: Annotated[
+        int | None,
+        typer.Option(min=2, help="Fewest messages of an intent; 10, or 0.25 % if that is more, if not given."),
+    ] = None,
+    max_intents: Annotated[int, typer.Option(min=1, help="Most intents, largest first.")] = 50,
+) -> None:
+    """No catalog yet? Propose intents, with examples, out of messages that are alike: a YAML file to edit."""
+    if out is not None and out.exists():
+        raise typer.BadParameter(f"{out} exists; remove it or name another file", param_hint="--out")
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    from personalization.encoder import get_encoder
+    from personalization.reading import locate
+    from personalization.settings import get_settings
+    from personalization.understanding.suggest import read_messages, suggest, to_yaml
+
+    settings = get_settings()
+    messages = read_messages(locate(path), settings.max_message_chars)
+    for reason, count in messages.refused.most_common(5):
+        typer.echo(f"{count:,} rows are left out: {reason}", err=True)
+    encoder = get_encoder(settings.embedding_model, settings.embedding_dim, settings.embedding_batch_size)
+    found = suggest(path, messages, encoder.encode, min_size=min_size, max_intents=max_intents)
+    if out is None:
+        typer.echo(to_yaml(found), nl=False)
+        return
+    out.write_text(to_yaml(found), encoding="utf-8")
+    typer.echo(
+        f"{out}: {len(found.proposals)} intents that hold {found.coverage:.0%} of the messages; it says what next"
+    )
+
+
 def main() -> None:
     """Entry point: an error the platform foresees is one clear line."""
     try:

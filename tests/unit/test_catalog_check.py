@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import structlog
 from conftest import PROJECT
 from personalization.__main__ import app
 from personalization.catalog.check import CatalogReport, check_catalog, check_folder, show
@@ -163,12 +164,9 @@ def test_examples_of_two_intents_that_say_the_same_are_found(model: Any):
 
     findings = check_catalog(Catalog.model_validate({"intents": intents}), model, NOW).findings
 
-    assert [one.text for one in findings if one.kind == "alike examples"] == [
-        (
-            "“I want to fly to Lisbon” of `flights` and “I want to fly to Lisbon please” of `travel` say nearly the same; "
-            "reword one"
-        )
-    ]
+    [text] = [one.text for one in findings if one.kind == "alike examples"]
+    both = "“I want to fly to Lisbon” of `flights` and “I want to fly to Lisbon please” of `travel`"
+    assert text == f"{both} say nearly the same; reword one"
 
 
 def test_intents_that_are_apart_are_told_apart(model: Any):
@@ -260,6 +258,7 @@ def command_line(monkeypatch: pytest.MonkeyPatch) -> Iterator[CliRunner]:
     monkeypatch.setenv("EMBEDDING_MODEL", MODEL)
     get_settings.cache_clear()
     yield CliRunner()
+    structlog.reset_defaults()
     get_settings.cache_clear()
 
 

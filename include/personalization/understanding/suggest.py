@@ -11,6 +11,7 @@ import networkx as nx
 import numpy as np
 import yaml
 from pydantic import ValidationError
+from sklearn import config_context
 from sklearn.decomposition import PCA
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.neighbors import kneighbors_graph
@@ -29,9 +30,10 @@ _LEAST_SHARE = 0.0025
 _SEED = 0
 _DIMENSIONS = 50
 _NEIGHBOURS = 15
-# Modularity's own scale (1) joins small groups of many messages (Fortunato & Barthélemy, "Resolution limit in
-# community detection", PNAS 2007).
-_RESOLUTION = 3.0
+_WORKING_MEMORY_MIB = 256
+# At modularity's own scale (1) small groups of many messages are joined (Fortunato & Barthélemy, "Resolution limit
+# in community detection", PNAS 2007), at 3 those of few topics are split.
+_RESOLUTION = 2.0
 _EXAMPLES = 10
 _EXAMPLES_AT_LEAST = 8
 _TYPICAL = 0.6
@@ -39,11 +41,16 @@ _TYPICAL = 0.6
 _EXAMPLE_CHARS = 120
 _SAME_AS_CHOSEN = 0.95
 _NAMING_WORDS = 3
+# A word that one in twenty messages says in a quarter of the groups tells none of them apart, in any language.
+_SAID = 0.05
+_EVERYWHERE = 0.25
+_GROUPS_TO_COMPARE = 8
 _SAME_WORD = 4
 """Letters at the start that make two words one, such as movie and movies."""
 
 _E_MAIL = re.compile(r"[^\s@<>]+@[^\s@<>]+\.\w+")
 _NUMBER = re.compile(r"\+?\d(?:[ ()./-]{0,2}\d){5,}")
+_WORD = r"(?u)\b[^\W\d_]+(?:['’]?[^\W\d_]+)+\b"
 _MASKS = ("[e-mail]", "[number]")
 
 
@@ -191,8 +198,9 @@ def _groups(vectors: Vectors) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
 
     Jaccard weights and Louvain as in Levine et al., "Data-driven phenotypic dissection of AML", Cell 2015.
     """
-    neighbours = min(_NEIGHBOURS, len(vectors) - 1)
-    near = kneighbors_graph(vectors, neighbours, metric="cosine", mode="connectivity")
+    neighbours = min(_NEIGHBOURS, max(1, len(vectors) // 4))
+    with config_context(working_memory=_WORKING_MEMORY_MIB):
+        near = kneighbors_graph(vectors, neighbours, metric="cosine", mode="connectivity")
     own = near.copy()
     own.setdiag(1)
     shared = (own @ own.T).multiply(near.maximum(near.T)).tocoo()
@@ -226,7 +234,7 @@ def _names(groups: list[list[str]]) -> list[tuple[str, str]]:
     texts = [text for group in groups for text in group]
     for mask in _MASKS:
         texts = [text.replace(mask, " ") for text in texts]
-    counter = CountVectorizer(binary=True, token_pattern=r"(?u)\b[^\W\d_]{2,}\b")
+    counter = CountVectorizer(binary=True, token_pattern=_WORD)
     try:
         said = counter.fit_transform(texts)
         words = counter.get_feature_names_out().tolist()
@@ -234,7 +242,11 @@ def _names(groups: list[list[str]]) -> list[tuple[str, str]]:
         return [(f"intent_{number}", f"Intent {number}") for number in range(1, len(groups) + 1)]
     ends = np.cumsum([len(group) for group in groups])
     counts = np.stack([np.asarray(part.sum(axis=0)).ravel() for part in _parts(said, ends)]).astype(np.float64)
+    sizes = np.asarray([[len(group)] for group in groups])
+    said_everywhere = np.mean(counts >= _SAID * sizes, axis=0) > _EVERYWHERE
     weights = normalize(counts, norm="l1") * np.log1p(counts.sum() / len(groups) / counts.sum(axis=0))
+    if len(groups) >= _GROUPS_TO_COMPARE:
+        weights[:, said_everywhere] = 0
     taken: Counter[str] = Counter({OTHER_INTENT: 1})
     names = []
     for number, row in enumerate(weights, start=1):
@@ -244,7 +256,7 @@ def _names(groups: list[list[str]]) -> list[tuple[str, str]]:
                 break
             if not any(words[at][:_SAME_WORD] == one[:_SAME_WORD] for one in telling):
                 telling.append(words[at])
-        intent_id = "_".join(telling) or f"intent_{number}"
+        intent_id = re.sub("['’]", "", "_".join(telling)) or f"intent_{number}"
         taken[intent_id] += 1
         if taken[intent_id] > 1:
             intent_id = f"{intent_id}_{taken[intent_id]}"
@@ -259,9 +271,8 @@ def _parts(rows: Any, ends: np.ndarray[Any, np.dtype[np.int64]]) -> list[Any]:
 def to_yaml(suggestion: Suggestion) -> str:
     """The proposals as a catalog that a person edits, with comments that say what to do."""
     messages, grouped = suggestion.messages, suggestion.grouped
-    sampled = (
-        f" (a sample of {grouped:,} of {len(messages.texts):,} different ones)" if grouped < len(messages.texts) else ""
-    )
+    different = len(messages.texts)
+    sampled = f" (a sample of {grouped:,} of {different:,} different ones)" if grouped < different else ""
     rest = f" {suggestion.left_out:,} smaller groups are left out (--max-intents)." if suggestion.left_out else ""
     source = " ".join(suggestion.source.split())
     lines = [
@@ -270,7 +281,7 @@ def to_yaml(suggestion: Suggestion) -> str:
         "#",
         "# What to do next:",
         "# 1. Read each group. Remove what is no wish (greetings, thanks, small talk): such messages are `other` then.",
-        "# 2. Give it an id that stays, a name for people and a description; make groups that want the same one intent.",
+        "# 2. Give it an id that stays, a name and a description; make groups that want the same one intent.",
         "# 3. Take out examples that say something else or are private; reword or add some, 8 to 14 in all.",
         "# 4. Write campaigns at the end of this file, put it into the catalog's folder, and run",
         "#    `personalization catalog check`, which names intents that overlap.",
