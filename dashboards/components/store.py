@@ -17,6 +17,8 @@ latest_totals = _cached(reports.latest_totals)
 campaign_engagement = _cached(reports.campaign_engagement)
 category_engagement = _cached(reports.category_engagement)
 top_users = _cached(reports.top_users)
+latest_evaluation = _cached(reports.latest_evaluation)
+evaluation_history = _cached(reports.evaluation_history)
 
 
 # Kept for a minute, for a SQLite file may be deleted and made anew while the dashboard is up.

@@ -16,7 +16,7 @@ from dashboard_data import seed
 from playwright.sync_api import Browser, Page, expect
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["Overview", "Runs", "Latency", "Anomalies", "Engagement"]
+PAGES = ["Overview", "Runs", "Latency", "Anomalies", "Engagement", "Evaluation"]
 PATIENCE_MS = 60_000
 
 pytestmark = needs_browser

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import streamlit as st
-from dashboard_data import NOW, open_store, run_rows, seed
+from dashboard_data import NOW, evaluation_rows, open_store, run_rows, seed
 from personalization.settings import get_settings
 from streamlit.testing.v1 import AppTest
 
 APP = Path(__file__).parents[2] / "dashboards" / "app.py"
-PAGES = ["overview", "runs", "latency", "anomalies", "engagement"]
+PAGES = ["overview", "runs", "latency", "anomalies", "engagement", "evaluation"]
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +122,61 @@ def test_engagement_before_any_campaign_says_what_to_do(database: Path):
     open_store(database).record_runs(run_rows("first"))
 
     assert "make demo" in open_page("engagement").info[0].value
+
+
+def test_the_evaluation_page_before_any_evaluation_says_what_to_do(database: Path):
+    open_store(database).record_runs(run_rows("first"))
+
+    said = open_page("evaluation").info[0].value
+    assert "offline_evaluation" in said
+    assert "make evaluate" in said
+
+
+def test_the_evaluation_page_survives_a_store_of_before_there_were_evaluations(database: Path):
+    open_store(database).record_runs(run_rows("first"))
+    with sqlite3.connect(database) as connection:
+        connection.execute("DROP TABLE evaluations")
+
+    assert "offline_evaluation" in open_page("evaluation").info[0].value
+
+
+def test_the_evaluation_page_shows_the_latest_and_what_it_is_ahead_of(database: Path):
+    store = open_store(database)
+    store.record_runs(run_rows("first"))
+    store.record_evaluation(evaluation_rows("new"))
+    store.record_evaluation(evaluation_rows("old", NOW - timedelta(days=7), drift=0.2))
+
+    app = open_page("evaluation")
+
+    shown = metrics(app)
+    assert shown["NDCG@10 of what is shown"] == "0.340"
+    assert shown["Ahead of popularity"] == "+0.120"
+    assert shown["Answers"] == "800"
+    assert not app.warning
+    assert len(app.get("plotly_chart")) == 3
+
+
+def test_the_evaluation_page_warns_where_a_baseline_is_ahead(database: Path):
+    store = open_store(database)
+    store.record_runs(run_rows("first"))
+    rows = evaluation_rows("worse")
+    for row in rows:
+        if (row["policy"], row["metric"], row["segment"]) == ("popularity", "ndcg@10", "all"):
+            row |= {"mean": 0.5, "diff_mean": -0.16, "diff_low": -0.2, "diff_high": -0.1}
+    store.record_evaluation(rows)
+
+    assert "`popularity` is ahead" in open_page("evaluation").warning[0].value
+
+
+def test_an_evaluation_of_baselines_alone_is_shown(database: Path):
+    store = open_store(database)
+    store.record_runs(run_rows("first"))
+    rows = [row for row in evaluation_rows("some") if row["policy"] in ("popularity", "random")]
+    store.record_evaluation([row | {"diff_mean": None, "diff_low": None, "diff_high": None} for row in rows])
+
+    app = open_page("evaluation")
+
+    assert metrics(app)["Ahead of popularity"] == "—"
 
 
 def test_the_overview_shows_what_the_stores_held_at_the_last_publish(database: Path):

@@ -16,7 +16,7 @@ from personalization.errors import InputError
 from personalization.evaluation.dataset import Refused, build_history, load_events, load_messages
 from personalization.evaluation.pictures import headline, write_report
 from personalization.evaluation.policies import STANDARD, check_policies
-from personalization.evaluation.replay import REFERENCE, Plan, Replay, summarise
+from personalization.evaluation.replay import MIN_ANSWERS, REFERENCE, Plan, Replay, summarise
 from personalization.learning.history import History
 from personalization.learning.training import Task
 from personalization.schemas import DAY_MS, parse_moment
@@ -115,6 +115,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         names = list(calibrated[0][1])
         rows = [[policy, *(f"{entry[name]:.4f}" for name in names)] for policy, entry in calibrated]
         _print_table(console, ["policy", *(name.replace("_", " ") for name in names)], rows)
+    if report["answers"] < MIN_ANSWERS:
+        console.print(f"Fewer than {MIN_ANSWERS} answers: the order of the policies is chance.", highlight=False)
 
 
 def _print_table(console: Console, header: list[str], rows: list[list[str]]) -> None:

@@ -83,8 +83,8 @@ def _als(moment: Moment) -> Matrix:
     engaged = _engaged(moment)
     # The others would only take numbers from the generator that the factors start from.
     known = np.flatnonzero(np.diff(engaged.indptr))
-    model = AlternatingLeastSquares(factors=_FACTORS, iterations=15, random_state=0, num_threads=1, use_gpu=False)
     with threadpool_limits(1, "blas"):
+        model = AlternatingLeastSquares(factors=_FACTORS, iterations=15, random_state=0, num_threads=1, use_gpu=False)
         model.fit(engaged[known], show_progress=False)
     factors = np.zeros((engaged.shape[0], model.item_factors.shape[1]), dtype=np.float32)
     factors[known] = model.user_factors

@@ -9,7 +9,7 @@ import structlog
 
 from personalization.errors import TooLittleFeedbackError
 from personalization.evaluation.policies import STANDARD, check_policies
-from personalization.evaluation.replay import REFERENCE, Plan, Replay, summarise
+from personalization.evaluation.replay import MIN_ANSWERS, REFERENCE, Plan, Replay, summarise
 from personalization.learning.loading import load_history
 from personalization.learning.training import Task
 from personalization.pipeline.embed import campaign_vectors_of, embed_campaigns
@@ -19,9 +19,6 @@ from personalization.settings import Settings
 from personalization.staging import Staging, read
 from personalization.stores.analytics import AnalyticsStore
 from personalization.stores.milvus import VectorSpace, VectorStore
-
-MIN_ANSWERS = 20
-"""Fewest answers to tell policies by."""
 
 log = structlog.get_logger(__name__)
 

@@ -29,6 +29,8 @@ from personalization.recommend.sources import Matrix, Vector, Whole
 from personalization.schemas import DAY_MS
 
 REFERENCE = "shipped"
+MIN_ANSWERS = 20
+"""Fewest answers to tell policies by."""
 _COLD_MESSAGES = 1
 
 Flags = np.ndarray[Any, np.dtype[np.bool_]]

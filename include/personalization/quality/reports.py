@@ -16,6 +16,9 @@ from personalization.stores.analytics import (
     analytics_errors,
 )
 
+SHIPPED = "shipped"
+"""The policy that the API answers with."""
+
 
 @dataclass(frozen=True)
 class RunSummary:
@@ -151,6 +154,13 @@ class PolicyResult:
     """How far `shipped` is ahead of the policy, with the 95 % interval of that."""
     diff_low: float | None
     diff_high: float | None
+
+    @property
+    def kind(self) -> Literal["shipped", "variant", "baseline"]:
+        """What the API answers with, a variant of it, or what it must beat."""
+        if self.policy == SHIPPED:
+            return "shipped"
+        return "variant" if self.policy.startswith(("fusion", "learned")) else "baseline"
 
 
 @dataclass(frozen=True)
