@@ -438,7 +438,7 @@ class Recommendations(BaseModel):
     """What ranked the list; to be sent back with the events."""
     recommendations: list[Recommendation]
     excluded: list[Exclusion] | None = None
-    """Active campaigns that a rule holds back, where that was asked for."""
+    """Campaigns, running or about to, that a rule holds back, where that was asked for."""
 
 
 def _epoch_ms(moment: datetime) -> int:

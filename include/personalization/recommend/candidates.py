@@ -10,7 +10,7 @@ from scipy import sparse
 from personalization.recommend.knowledge import ServedKnowledge
 from personalization.recommend.ranking import Evidence
 from personalization.recommend.rules import PastEvent, Viewer
-from personalization.recommend.sources import Matrix, UserKnowledge, Vector
+from personalization.recommend.sources import CampaignKnowledge, Matrix, UserKnowledge, Vector
 from personalization.schemas import DAY_MS
 from personalization.stores.analytics import AsyncAnalyticsReader, ExpressedMessage
 from personalization.stores.milvus import AsyncVectorReader, Neighbour
@@ -25,6 +25,8 @@ class Known:
     """All that is known about one user, beside what is served to all."""
 
     served: ServedKnowledge
+    campaigns: CampaignKnowledge
+    """Of those that run now."""
     users: UserKnowledge
     viewer: Viewer
     expressed: list[LinkRow]
@@ -36,12 +38,17 @@ class Known:
     @cached_property
     def evidence(self) -> Evidence:
         """What every source says."""
-        return Evidence.of(self.served.campaigns, self.users)
+        return Evidence.of(self.campaigns, self.users)
 
     @property
     def is_personal(self) -> bool:
         """Whether anything is known of the user at all."""
-        return bool(self.expressed or self.engaged or self.users.messages[0])
+        return bool(self.expressed or self.engaged or self.has_spoken)
+
+    @property
+    def has_spoken(self) -> bool:
+        """Whether any message of the user is known."""
+        return bool(self.users.messages[0])
 
     def column(self, campaign_id: str) -> int:
         """Place of the campaign among the candidates."""
@@ -49,7 +56,7 @@ class Known:
 
     @cached_property
     def _columns(self) -> dict[str, int]:
-        return {campaign_id: at for at, campaign_id in enumerate(self.served.campaigns.ids)}
+        return {campaign_id: at for at, campaign_id in enumerate(self.campaigns.ids)}
 
 
 async def gather(
@@ -79,7 +86,7 @@ async def gather(
     (own, similar, neighbours_engaged), links, facts = await asyncio.gather(
         near(), graph.links(user_id), analytics.user_facts(user_id)
     )
-    campaigns = served.campaigns
+    campaigns = served.running(now_ms)
     expressed = [one for one in links if one["kind"] == "intent" and one["id"] in served.intent_names]
     engaged = [one for one in links if one["kind"] == "campaign"]
     dims = campaigns.text.shape[1]
@@ -99,7 +106,7 @@ async def gather(
         frozenset(one["id"] for one in expressed),
         [PastEvent(*one) for one in facts.events],
     )
-    return Known(served, users, viewer, expressed, engaged, similar, facts.expressed)
+    return Known(served, campaigns, users, viewer, expressed, engaged, similar, facts.expressed)
 
 
 def _row(links: list[LinkRow], ids: list[str], now_ms: int, half_life_days: float) -> sparse.csr_array:

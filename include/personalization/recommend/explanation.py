@@ -1,5 +1,6 @@
 """Explanation: the evidence behind a recommendation, in plain words and as data."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -7,9 +8,13 @@ from typing import Any
 
 from personalization.recommend.candidates import Known
 from personalization.schemas import Reason, Source
+from personalization.stores.neo4j import LinkRow
 
+_DIGITS = 4
 _SHOWN = 3
 _MESSAGES_SHOWN = 5
+_UNTRIED = "nobody has engaged with it yet"
+_SILENT = "nothing is known yet of what the user talks about"
 
 
 @dataclass(frozen=True)
@@ -21,17 +26,25 @@ class Fact:
 
 
 def reasons(known: Known, campaign_id: str, shares: dict[Source, float], *, with_data: bool) -> list[Reason]:
-    """A reason for each source that gave something, the weightiest first; their shares add up to the score.
-
-    What would show as nothing is added to the weightiest.
-    """
-    kept = {source: round(share, 4) for source, share in shares.items() if round(share, 4) > 0}
+    """A reason for each source that gave something, the weightiest first; their shares add up to the score."""
+    kept = {source: share for source, share in _rounded(shares).items() if share > 0}
     ordered = sorted(kept.items(), key=lambda one: (-one[1], one[0]))
     told = []
     for source, share in ordered:
         fact = _FACTS[source](known, campaign_id)
         told.append(Reason(source=source, text=fact.text, share=share, data=fact.data if with_data else None))
     return told
+
+
+def _rounded(shares: dict[Source, float]) -> dict[Source, float]:
+    """To `_DIGITS` digits by largest remainder, so that they add up to their rounded sum and never to more than 1."""
+    scale = 10**_DIGITS
+    units = {source: math.floor(share * scale) for source, share in shares.items()}
+    left = round(min(sum(shares.values()), 1.0) * scale) - sum(units.values())
+    largest = sorted(units, key=lambda source: (units[source] - shares[source] * scale, source))
+    for source in largest[: max(left, 0)]:
+        units[source] += 1
+    return {source: count / scale for source, count in units.items()}
 
 
 def _own_intents(known: Known, campaign_id: str) -> Fact:
@@ -56,7 +69,11 @@ def _own_engagement(known: Known, campaign_id: str) -> Fact:
     link = next((one for one in known.engaged if one["id"] == campaign_id), None)
     category = known.served.campaign_of[campaign_id].category
     if link is None:
-        return Fact(f"engages with {category} campaigns", {"count": 0, "category": category})
+        of_category = any(
+            one.category == category for one in map(known.served.campaign_of.get, _ids(known.engaged)) if one
+        )
+        words = f"engages with {category} campaigns" if of_category else "has not engaged with it yet"
+        return Fact(words, {"count": 0, "category": category})
     return Fact(
         f"engaged with it {link['count']}×, last on {_day(link['last_at'])}",
         {"count": link["count"], "last_at": link["last_at"], "category": category},
@@ -66,47 +83,55 @@ def _own_engagement(known: Known, campaign_id: str) -> Fact:
 def _similar_users(known: Known, campaign_id: str) -> Fact:
     engaged = int(known.users.neighbours[0, known.column(campaign_id)])
     return Fact(
-        f"{engaged} of {len(known.neighbours)} similar users engaged with it",
+        f"{engaged} of {len(known.neighbours)} similar users engaged with it"
+        if known.neighbours
+        else "no user is similar enough yet",
         {"similar_users": len(known.neighbours), "engaged": engaged},
     )
 
 
 def _co_engagement(known: Known, campaign_id: str) -> Fact:
-    return _by_links(known, campaign_id, "users who engaged with {names} engaged with it, too")
+    links = _strongest(known.engaged, campaign_id)
+    words = "users who engaged with {names} engaged with it, too"
+    return _by_links(links, words, "the user has engaged with no other campaign")
 
 
 def _graph_walk(known: Known, campaign_id: str) -> Fact:
-    return _by_links(known, campaign_id, "is close in the graph to {names}")
+    links = _strongest([*known.engaged, *known.expressed], campaign_id)
+    return _by_links(links, "is close in the graph to {names}", "nothing else in the graph is linked to the user")
 
 
-def _by_links(known: Known, campaign_id: str, words: str) -> Fact:
-    links = [*known.engaged, *known.expressed]
-    links = sorted((one for one in links if one["id"] != campaign_id), key=lambda one: -one["weight"])[:_SHOWN]
-    names = ", ".join(f"“{one['name']}”" for one in links) or "what is popular"
-    return Fact(words.format(names=names), {"from": [one["id"] for one in links]})
+def _strongest(links: list[LinkRow], campaign_id: str) -> list[LinkRow]:
+    return sorted((one for one in links if one["id"] != campaign_id), key=lambda one: -one["weight"])[:_SHOWN]
+
+
+def _by_links(links: list[LinkRow], words: str, without: str) -> Fact:
+    names = ", ".join(f"“{one['name']}”" for one in links)
+    return Fact(words.format(names=names) if links else without, {"from": _ids(links)})
 
 
 def _message_similarity(known: Known, campaign_id: str) -> Fact:
     cosine = float(known.evidence.sources["message_similarity"][0, known.column(campaign_id)])
     return Fact(
-        "its text is near to what the user talks about",
+        "its text is near to what the user talks about" if known.has_spoken else _SILENT,
         {"cosine": round(cosine, 3), "message_ids": [one.message_id for one in known.messages[:_MESSAGES_SHOWN]]},
     )
 
 
 def _audience_similarity(known: Known, campaign_id: str) -> Fact:
     cosine = float(known.evidence.sources["audience_similarity"][0, known.column(campaign_id)])
-    return Fact("talks like those who engage with it", {"cosine": round(cosine, 3)})
+    words = "talks like those who engage with it" if known.has_spoken else _SILENT
+    return Fact(words, {"cosine": round(cosine, 3)})
 
 
 def _popularity(known: Known, campaign_id: str) -> Fact:
-    users = int(known.served.campaigns.users[known.column(campaign_id)])
-    words = "nobody has engaged with it yet" if not users else f"{users:,} users in all engaged with it"
+    users = int(known.campaigns.users[known.column(campaign_id)])
+    words = f"{users:,} user{'' if users == 1 else 's'} in all engaged with it" if users else _UNTRIED
     return Fact(words, {"users": users})
 
 
 def _recency(known: Known, campaign_id: str) -> Fact:
-    last_at = int(known.served.campaigns.last_at[known.column(campaign_id)])
+    last_at = int(known.campaigns.last_at[known.column(campaign_id)])
     if not last_at:
         return Fact("is new", {"last_engagement": None})
     return Fact(f"someone engaged with it on {_day(last_at)}", {"last_engagement": last_at})
@@ -123,6 +148,10 @@ _FACTS: dict[Source, Callable[[Known, str], Fact]] = {
     "popularity": _popularity,
     "recency": _recency,
 }
+
+
+def _ids(links: list[LinkRow]) -> list[str]:
+    return [one["id"] for one in links]
 
 
 def _day(moment_ms: int) -> str:

@@ -2,7 +2,7 @@
 
 import io
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Self
 
@@ -25,6 +25,16 @@ class ServedKnowledge:
     campaigns: CampaignKnowledge
     learned: LearnedRanker | None
     """None while there is too little feedback, or where rank fusion is better."""
+    _running: dict[bytes, CampaignKnowledge] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def running(self, now_ms: int) -> CampaignKnowledge:
+        """The knowledge of those that run: only they are ranked, as they were where the ranker was fitted."""
+        active = self.campaigns.active(now_ms)
+        key = active.tobytes()
+        if key not in self._running:
+            self._running.clear()
+            self._running[key] = self.campaigns.only(active)
+        return self._running[key]
 
     @cached_property
     def campaign_of(self) -> dict[str, Campaign]:

@@ -42,8 +42,8 @@ _SOURCE_OF_CONTEXT: dict[str, Source] = {
     "category_affinity": "own_engagement",
     **{f"{source}_lift": source for source in LIFTED},
 }
-_RISING = frozenset(SOURCES)
-"""More of a source must never lower a score; context may do either."""
+_RISING = frozenset((*SOURCES, *(f"{source}_lift" for source in LIFTED)))
+"""More of a source, or of its lift, must never lower a score; other context may do either."""
 
 
 @dataclass(frozen=True)
@@ -188,14 +188,15 @@ def monotone(features: Sequence[str]) -> list[int]:
 
 def feature_matrix(evidence: Evidence, features: Sequence[str]) -> Shares:
     """(B, C, F)."""
-    columns: list[Matrix] = []
-    for feature in features:
-        kind, _, name = feature.partition(":")
-        if kind == "context":
-            columns.append(evidence.context[name])
-        else:
-            columns.append((evidence.sources if kind == "score" else evidence.ranks)[name])  # type: ignore[index]
-    return np.stack(columns, axis=2).astype(np.float32)
+    return np.stack([feature_scores(evidence, feature) for feature in features], axis=2).astype(np.float32)
+
+
+def feature_scores(evidence: Evidence, feature: str) -> Matrix:
+    """(B, C) of one feature."""
+    kind, _, name = feature.partition(":")
+    if kind == "context":
+        return evidence.context[name]
+    return (evidence.sources if kind == "score" else evidence.ranks)[name]  # type: ignore[index]
 
 
 def _ahead_of(scores: Matrix) -> Matrix:

@@ -1,6 +1,6 @@
 """Rules: what the catalog forbids, caps, boosts and pins. Each exclusion says which rule, and why."""
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -32,9 +32,11 @@ class Viewer:
 
 @dataclass
 class Chosen:
-    """A list by the rules, and what was left out."""
+    """A list by the rules, what could stand in for its last, and what was left out."""
 
     campaign_ids: list[str]
+    spare: list[str] = field(default_factory=list)
+    """The ranked others that may take the last place instead; none where that is pinned."""
     excluded: list[Exclusion] = field(default_factory=list)
 
 
@@ -71,7 +73,7 @@ def _objections(campaign: Campaign, viewer: Viewer, now_ms: int, category: str |
         since = now_ms - campaign.frequency_cap.days * DAY_MS
         shown = sum(at > since for at in viewer.times(campaign.id, "impression"))
         if shown >= campaign.frequency_cap.impressions:
-            yield "frequency_cap", f"shown {shown} times within {campaign.frequency_cap.days:g} days"
+            yield "frequency_cap", f"shown {shown}× within {_days(campaign.frequency_cap.days)}"
 
 
 def _not_again(campaign: Campaign, viewer: Viewer, now_ms: int) -> Iterator[tuple[str, str]]:
@@ -81,30 +83,27 @@ def _not_again(campaign: Campaign, viewer: Viewer, now_ms: int) -> Iterator[tupl
     ):
         times = viewer.times(campaign.id, event)  # type: ignore[arg-type]
         if times and days and now_ms - max(times) < days * DAY_MS:
-            ago = (now_ms - max(times)) // DAY_MS
-            yield f"not_again_after_{event}", f"the user {words} {ago} days ago; not again for {days:g} days"
+            ago = max(now_ms - max(times), 0) // DAY_MS
+            when = f"{_days(ago)} ago" if ago else "within the last day"
+            yield f"not_again_after_{event}", f"the user {words} {when}; not again for {_days(days)}"
+
+
+def _days(days: float) -> str:
+    return f"{days:g} day{'' if days == 1 else 's'}"
 
 
 def arrange(ranked: Sequence[Campaign], rules: CatalogRules, top: int) -> Chosen:
     """The first `top` of the ranked campaigns: pinned ones at their places, categories capped.
 
-    Those over a category's cap come back only where nothing else is left to fill the list.
+    Those over a category's cap come back only where nothing else is left to fill the list. Of two pinned to
+    one place, the better ranked gets it. A place behind the end of a short list is its last.
     """
-    pinned = sorted((one for one in ranked if one.pinned is not None), key=lambda one: one.pinned or 0)
-    chosen: list[Campaign] = []
-    over: list[Campaign] = []
-    of_category: dict[str, int] = defaultdict(int)
-    for one in [*pinned, *(one for one in ranked if one.pinned is None)]:
-        if rules.max_per_category and one.pinned is None and of_category[one.category] >= rules.max_per_category:
-            over.append(one)
-        else:
-            of_category[one.category] += 1
-            chosen.append(one)
-    free = [*(one for one in chosen if one.pinned is None), *over][:top]
-    for one in pinned:
-        free.insert((one.pinned or 1) - 1, one)
-    placed = free[:top]
-    kept = {one.id for one in placed}
+    pinned = sorted((one for one in ranked if one.pinned is not None), key=_place)
+    free = [one for one in ranked if one.pinned is None]
+    within, over = _capped(free, rules, Counter(one.category for one in pinned if _place(one) <= top))
+    shown = _listed([*within, *over], pinned, top)
+    kept = {one.id for one in shown}
+    by_rank = {one.id for one in _listed(free, pinned, top)}
     excluded = [
         Exclusion(
             campaign_id=one.id,
@@ -112,6 +111,40 @@ def arrange(ranked: Sequence[Campaign], rules: CatalogRules, top: int) -> Chosen
             text=f"the list holds {rules.max_per_category} of the category {one.category} already",
         )
         for one in over
-        if one.id not in kept
+        if one.id in by_rank - kept
     ]
-    return Chosen([one.id for one in placed], excluded)
+    spare: list[str] = []
+    if len(shown) == top and shown and shown[-1].pinned is None:
+        rest = [one for one in free if one.id not in kept]
+        fitting, unfitting = _capped(rest, rules, Counter(one.category for one in shown[:-1]), each=True)
+        # Where the list is filled up from beyond the caps, they no longer bind.
+        spare = [one.id for one in (unfitting if shown[-1] in over else fitting)]
+    return Chosen([one.id for one in shown], spare, excluded)
+
+
+def _place(campaign: Campaign) -> int:
+    return campaign.pinned or 0
+
+
+def _capped(
+    ranked: Sequence[Campaign], rules: CatalogRules, of_category: Counter[str], *, each: bool = False
+) -> tuple[list[Campaign], list[Campaign]]:
+    """Those within the cap of their category and those over it; with `each`, as if it were the only one to join."""
+    within: list[Campaign] = []
+    over: list[Campaign] = []
+    for one in ranked:
+        if rules.max_per_category and of_category[one.category] >= rules.max_per_category:
+            over.append(one)
+        else:
+            of_category[one.category] += not each
+            within.append(one)
+    return within, over
+
+
+def _listed(free: Sequence[Campaign], pinned: Sequence[Campaign], top: int) -> list[Campaign]:
+    """The first `top` with the pinned at their places."""
+    listed, last = list(free), -1
+    for one in pinned:
+        last = max(_place(one) - 1, last + 1)
+        listed.insert(last, one)
+    return listed[:top]

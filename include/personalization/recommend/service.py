@@ -106,19 +106,24 @@ def decide(known: Known, top: int, now_ms: int, settings: Settings, *, explain: 
     ranker = _ranker(known, settings)
     names, shares = ranker.shares(known.evidence)
     catalog = known.served.catalog
-    campaigns = [known.served.campaign_of[one] for one in known.served.campaigns.ids]
+    campaigns = [known.served.campaign_of[one] for one in known.campaigns.ids]
     boosts = np.asarray([one.boost for one in campaigns], dtype=np.float32)
     given = shares[0] * boosts[:, None]
     scores = given.sum(axis=1)
     given /= np.maximum(scores, 1)[:, None]  # a boost lifts nothing above certainty
-    held_back = exclusions(campaigns, known.viewer, now_ms)
+    soon = [known.served.campaign_of[one] for one in known.served.campaigns.ids]
+    held_back = exclusions(soon, known.viewer, now_ms)
     out = {one.campaign_id for one in held_back}
     order = sorted(range(len(campaigns)), key=lambda at: (-scores[at], campaigns[at].id))
     ranked = [campaigns[at] for at in order if campaigns[at].id not in out]
-    arranged = arrange(ranked, catalog.rules, len(ranked))
+    arranged = arrange(ranked, catalog.rules, top)
     epoch = datetime.fromtimestamp(now_ms / 1000, UTC).strftime("%G-%V")
     shown, propensities = explore(
-        arranged.campaign_ids, top, user_id=known.viewer.user_id, epoch=epoch, share=settings.exploration_share
+        [*arranged.campaign_ids, *arranged.spare],
+        top,
+        user_id=known.viewer.user_id,
+        epoch=epoch,
+        share=settings.exploration_share,
     )
     found = []
     for place, (campaign_id, propensity) in enumerate(zip(shown, propensities, strict=True), start=1):
@@ -133,7 +138,7 @@ def decide(known: Known, top: int, now_ms: int, settings: Settings, *, explain: 
                 category=campaign.category,
                 score=round(sum(one.share for one in told), 4),
                 position=place,
-                propensity=round(propensity, 6),
+                propensity=float(f"{propensity:.6g}"),  # never 0, which no event may carry
                 reasons=told,
             )
         )

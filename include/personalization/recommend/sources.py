@@ -4,9 +4,10 @@ The API (one user), the training of the ranker and offline evaluation use these 
 `CampaignKnowledge` and `UserKnowledge` differs, what is made of them does not.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, get_args
+from itertools import compress
+from typing import Any, Self, get_args
 
 import numpy as np
 from scipy import sparse
@@ -74,6 +75,19 @@ class CampaignKnowledge:
     def active(self, now_ms: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         """(C,) which candidates may be shown at `now_ms` by their window."""
         return (self.active_from <= now_ms) & (now_ms < self.active_until)
+
+    def only(self, kept: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Self:
+        """The same for some of the candidates, chosen by the mask `kept`, shape (C,)."""
+        if kept.all():
+            return self
+        by_row = ("active_from", "active_until", "category", "text", "audience", "trend", "users", "last_at")
+        by_column = ("targets", "co_engagement", "walk")
+        return replace(
+            self,
+            ids=list(compress(self.ids, kept)),
+            **{name: getattr(self, name)[kept] for name in by_row},
+            **{name: getattr(self, name)[:, kept] for name in by_column},
+        )
 
 
 @dataclass(frozen=True)
