@@ -121,7 +121,15 @@ def build_history(
     engaged = signals_of_events(
         (place[one.user_id], campaign_ids[one.campaign_id], one.event, one.timestamp_ms, one.position) for one in events
     )
-    return History(user_ids, arrays, said, intents, in_order(engaged, signals_of_messages(intents, arrays)))
+    return History(
+        user_ids,
+        arrays,
+        said,
+        intents,
+        in_order(engaged, signals_of_messages(intents, arrays)),
+        settings.profile_half_life_days,
+        settings.neighbours,
+    )
 
 
 def _embed(*parts: list[str], settings: Settings) -> list[Matrix]:
@@ -147,4 +155,5 @@ def _classify(said: Messages, classifier: IntentClassifier | None, intent_ids: l
         at=said.at[of_message],
         intent=np.asarray(intents, dtype=np.int64),
         confidence=np.asarray(probabilities, dtype=np.float32),
+        message=of_message,
     )

@@ -35,6 +35,7 @@ MIN_SIMILARITY = 0.5
 """Least cosine between two users' vectors for one to speak for the other."""
 SAID_BEFORE_MS = 7 * DAY_MS
 """How long before an engagement a message may lie to count as what it was about."""
+_LATEST = 2**62
 _WALK_STEPS = 12
 _USERS_AT_ONCE = 1024
 
@@ -58,6 +59,8 @@ class Intents:
     at: Whole
     intent: Whole
     confidence: Vector
+    message: Whole
+    """A number that the rows of one message share, and no others."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,9 @@ class History:
     messages: Messages
     intents: Intents
     signals: Signals
+    half_life_days: float = HALF_LIFE_DAYS
+    neighbours: int = NEIGHBOURS
+    """Similar users that are asked, as many as the API asks."""
 
     def before(self, moment: int) -> "History":
         """Only what happened before `moment` (epoch milliseconds). Views, no copies."""
@@ -130,8 +136,10 @@ class History:
         """(S,) the user's latest message at or before each signal, at most a week old; -1 where there is none."""
         order = np.lexsort((self.messages.at, self.messages.user))
         users, times = self.messages.user[order], self.messages.at[order]
-        span = int(max(times.max(initial=0), self.signals.at.max(initial=0))) + 1
-        place = np.searchsorted(users * span + times, self.signals.user * span + self.signals.at, side="right") - 1
+        start = int(min(times.min(initial=_LATEST), self.signals.at.min(initial=_LATEST)))
+        span = int(max(times.max(initial=0), self.signals.at.max(initial=0))) - start + 1
+        asked = self.signals.user * span + self.signals.at - start
+        place = np.searchsorted(users * span + times - start, asked, side="right") - 1
         found = np.maximum(place, 0)
         if not len(order):
             return np.full(len(self.signals.at), -1, dtype=np.int64)
@@ -146,7 +154,7 @@ class History:
 
     def expressed(self, moment: int) -> sparse.csr_array:
         """(U, I) recency-weighted intents."""
-        weights = self.intents.confidence * _decay(moment - self.intents.at)
+        weights = self.intents.confidence * _decay(moment - self.intents.at, self.half_life_days)
         shape = (len(self.user_ids), len(self.catalog.intent_ids))
         return _sparse(weights, self.intents.user, self.intents.intent, shape)
 
@@ -154,11 +162,12 @@ class History:
         """(U, D) unit vectors: recency-weighted sums of each user's messages; zero without any."""
         count = len(self.messages.at)
         shape = (len(self.user_ids), count)
-        weights = _sparse(_decay(moment - self.messages.at), self.messages.user, np.arange(count), shape)
-        return unit(weights @ self.messages.vectors)
+        weights = _decay(moment - self.messages.at, self.half_life_days)
+        return unit(_sparse(weights, self.messages.user, np.arange(count), shape) @ self.messages.vectors)
 
     def _signal_weights(self, moment: int) -> Vector:
-        return (self.signals.strength * _decay(moment - self.signals.at)).astype(np.float32)
+        fading = _decay(moment - self.signals.at, self.half_life_days)
+        return (self.signals.strength * fading).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -284,7 +293,7 @@ def _know_users(snapshot: Snapshot, places: Whole) -> UserKnowledge:
         intents=snapshot._expressed[places],
         engaged=snapshot._engaged[places][:, hubs],
         profile=profile,
-        interests=_interests(past.messages, places, snapshot.moment),
+        interests=_interests(past, places, snapshot.moment),
         neighbours_engaged=np.concatenate([empty, *scores]).astype(np.float32),
         neighbours=np.concatenate([empty, *counts]).astype(np.float32),
         messages=np.bincount(past.messages.user, minlength=len(past.user_ids))[places].astype(np.float32),
@@ -296,23 +305,24 @@ def _nearest(profiles: Matrix, places: Whole, snapshot: Snapshot) -> sparse.csr_
     everyone = snapshot._profiles
     cosines = profiles @ everyone.T
     cosines[np.arange(len(places)), places] = -1  # never the user
-    count = min(NEIGHBOURS, cosines.shape[1])
-    nearest = np.argpartition(-cosines, count - 1, axis=1)[:, :count]
+    count = min(snapshot._past.neighbours, cosines.shape[1])
+    nearest = np.argpartition(-cosines, max(count - 1, 0), axis=1)[:, :count]
     cosine = np.take_along_axis(cosines, nearest, axis=1)
     keep = cosine >= MIN_SIMILARITY
     rows = np.broadcast_to(np.arange(len(places))[:, None], nearest.shape)
     return _sparse(cosine[keep], rows[keep], nearest[keep], cosines.shape)
 
 
-def _interests(messages: Messages, places: Whole, moment: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _interests(past: History, places: Whole, moment: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     """(B, K, D) what each user talks about, from their newest messages."""
+    messages = past.messages
     order = np.lexsort((messages.at, messages.user))
     users = messages.user[order]
     starts, ends = np.searchsorted(users, places), np.searchsorted(users, places, side="right")
     found = np.zeros((len(places), INTERESTS_PER_USER, messages.vectors.shape[1]), dtype=np.float32)
     for at, (start, end) in enumerate(zip(starts, ends, strict=True)):
         newest = order[max(start, end - RECENT_MESSAGES) : end]
-        kept = interests_of(messages.vectors[newest], _decay(moment - messages.at[newest]))
+        kept = interests_of(messages.vectors[newest], _decay(moment - messages.at[newest], past.half_life_days))
         found[at, : len(kept)] = kept
     return found
 
@@ -382,18 +392,20 @@ def in_order(*parts: Signals) -> Signals:
 
 
 def signals_of_messages(intents: Intents, catalog: CatalogArrays) -> Signals:
-    """Messages that speak to a running campaign: the weakest sign of engagement."""
+    """Messages that speak to a running campaign, each once a campaign: the weakest sign of engagement."""
     aimed = sparse.csr_array(catalog.targets)
+    _, first, message = np.unique(intents.message, return_index=True, return_inverse=True)
     rows = sparse.csr_array(
-        (np.ones(len(intents.at), dtype=np.float32), (np.arange(len(intents.at)), intents.intent)),
-        shape=(len(intents.at), len(catalog.intent_ids)),
+        (np.ones(len(message), dtype=np.float32), (message, intents.intent)),
+        shape=(len(first), len(catalog.intent_ids)),
     )
     pairs = (rows @ aimed).tocoo()
-    at, campaign = intents.at[pairs.row], np.asarray(pairs.col, dtype=np.int64)
+    said, campaign = first[pairs.row], np.asarray(pairs.col, dtype=np.int64)
+    at = intents.at[said]
     runs = (catalog.active_from[campaign] <= at) & (at < catalog.active_until[campaign])
     count = int(runs.sum())
     return Signals(
-        user=intents.user[pairs.row[runs]],
+        user=intents.user[said[runs]],
         campaign=campaign[runs],
         at=at[runs],
         strength=np.full(count, ENGAGEMENT_STRENGTH["mention"], dtype=np.float32),
@@ -402,7 +414,7 @@ def signals_of_messages(intents: Intents, catalog: CatalogArrays) -> Signals:
     )
 
 
-def _decay(age_ms: Whole, half_life_days: float = HALF_LIFE_DAYS) -> Vector:
+def _decay(age_ms: Whole, half_life_days: float) -> Vector:
     """2^(-age / half-life)."""
     return np.asarray(np.exp2(-age_ms / (half_life_days * DAY_MS)), dtype=np.float32)
 

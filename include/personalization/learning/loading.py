@@ -3,6 +3,7 @@
 from array import array
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -55,7 +56,15 @@ def load_history(
     intents, newest = _read_expressions(analytics, users, arrays.intent_ids, settings.learning_max_messages)
     events = signals_of_events(_read_events(analytics, users, arrays.ids))
     messages = _read_vectors(vectors, space.collection(MESSAGES), newest, width)
-    history = History(list(users), arrays, messages, intents, in_order(events, signals_of_messages(intents, arrays)))
+    history = History(
+        list(users),
+        arrays,
+        messages,
+        intents,
+        in_order(events, signals_of_messages(intents, arrays)),
+        settings.profile_half_life_days,
+        settings.neighbours,
+    )
     return _by_user_id(history)
 
 
@@ -65,7 +74,8 @@ def _read_expressions(
     """What was expressed, and the newest messages. New users are added."""
     places = {intent_id: at for at, intent_id in enumerate(intent_ids)}
     newest: deque[_Said] = deque(maxlen=limit)
-    of_user, times, of_intent = (array("q") for _ in range(3))
+    of_message, of_user, times, of_intent = (array("q") for _ in range(4))
+    count = 0
     confidences = array("f")
     for rows in analytics.expressions(*_ALWAYS):
         named = zip(
@@ -75,7 +85,9 @@ def _read_expressions(
             user = users.setdefault(user_id, len(users))
             if not newest or newest[-1].message_id != message_id:  # the rows of a message follow each other
                 newest.append(_Said(message_id, user, at))
+                count += 1
             if intent_id != OTHER_INTENT and intent_id in places:
+                of_message.append(count)
                 of_user.append(user)
                 times.append(at)
                 of_intent.append(places[intent_id])
@@ -85,6 +97,7 @@ def _read_expressions(
         at=np.array(times, dtype=np.int64),
         intent=np.array(of_intent, dtype=np.int64),
         confidence=np.array(confidences, dtype=np.float32),
+        message=np.array(of_message, dtype=np.int64),
     )
     return intents, list(newest)
 
@@ -128,12 +141,12 @@ def _by_user_id(history: History) -> History:
     user_ids = sorted(history.user_ids)
     rank = {user_id: at for at, user_id in enumerate(user_ids)}
     places: Whole = np.asarray([rank[user_id] for user_id in history.user_ids], dtype=np.int64)
-    return History(
-        user_ids,
-        history.catalog,
-        Messages(places[history.messages.user], history.messages.at, history.messages.vectors),
-        Intents(**{**vars(history.intents), "user": places[history.intents.user]}),
-        type(history.signals)(**{**vars(history.signals), "user": places[history.signals.user]}),
+    return replace(
+        history,
+        user_ids=user_ids,
+        messages=replace(history.messages, user=places[history.messages.user]),
+        intents=replace(history.intents, user=places[history.intents.user]),
+        signals=replace(history.signals, user=places[history.signals.user]),
     )
 
 

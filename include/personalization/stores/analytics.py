@@ -66,8 +66,8 @@ _STREAM_ROWS = 10_000
 _FORGOTTEN = 1000.0  # half-lives after which a signal weighs nothing; databases refuse to underflow
 _WEIGHT_DIGITS = 9
 _SERVING = 1
-_EVENTS_KEPT_S = 365 * 86_400
-_EVENTS_KEPT = 5000
+_IMPRESSIONS_KEPT_S = 365 * 86_400  # as far back as a frequency cap may look
+_IMPRESSIONS_KEPT = 5000
 _EXPRESSED_KEPT = 50
 
 
@@ -649,18 +649,24 @@ class AsyncAnalyticsReader:
         return content
 
     async def user_facts(self, user_id: str) -> UserFacts:
-        """Events of the last year, the number of messages and the newest that express an intent.
+        """The number of messages, the events that rules ask for, and the newest messages that express an intent.
 
-        Three statements over indexes by user, on one connection.
+        Of the events the last conversion and dismissal of each campaign, and the impressions of the last year. Four
+        statements over indexes by user, on one connection.
         """
-        since = (datetime.now(UTC).timestamp() - _EVENTS_KEPT_S) * 1000
+        since = (datetime.now(UTC).timestamp() - _IMPRESSIONS_KEPT_S) * 1000
         mine = MessageIntent.user_id == user_id
         count = select(func.count(MessageIntent.message_id.distinct())).where(mine)
-        events = (
+        answered = (
+            select(EventRecord.campaign_id, EventRecord.event, func.max(EventRecord.timestamp).label("timestamp"))
+            .where(EventRecord.user_id == user_id, EventRecord.event.in_(("conversion", "dismiss")))
+            .group_by(EventRecord.campaign_id, EventRecord.event)
+        )
+        shown = (
             select(EventRecord.campaign_id, EventRecord.event, EventRecord.timestamp)
-            .where(EventRecord.user_id == user_id, EventRecord.timestamp > since)
+            .where(EventRecord.user_id == user_id, EventRecord.event == "impression", EventRecord.timestamp > since)
             .order_by(EventRecord.timestamp.desc())
-            .limit(_EVENTS_KEPT)
+            .limit(_IMPRESSIONS_KEPT)
         )
         expressed = (
             select(MessageIntent.message_id, MessageIntent.intent_id, MessageIntent.timestamp)
@@ -674,7 +680,8 @@ class AsyncAnalyticsReader:
                     (await connection.execute(count)).scalar_one(),
                     [
                         UserEvent(row.campaign_id, cast("EventKind", row.event), row.timestamp)
-                        for row in await connection.execute(events)
+                        for query in (answered, shown)
+                        for row in await connection.execute(query)
                     ],
                     [ExpressedMessage(*row) for row in await connection.execute(expressed)],
                 )
