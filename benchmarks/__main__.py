@@ -1,14 +1,26 @@
-"""Run the benchmarks: `make bench`."""
+"""Run the benchmarks: `make bench` for all, `python -m benchmarks NAME` for one."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import ingest
+from benchmarks import ingest, intents, recommendation
 
 MESSAGES = 10_000
 RESULTS = Path(__file__).parent / "results"
+BENCHMARKS: dict[str, tuple[Path, Callable[[], None]]] = {
+    "ingest": (ingest.DATA, lambda: ingest.main(MESSAGES, RESULTS)),
+    "intents": (intents.DATA, lambda: intents.main(RESULTS)),
+    "recommendation": (recommendation.REDIAL, lambda: recommendation.main(RESULTS)),
+}
 
 if __name__ == "__main__":
-    if not ingest.DATA.exists():
-        sys.exit(f"{ingest.DATA} is not here; PERSONALIZATION_TEST_DATA may name the folder of the real data sets")
-    ingest.main(MESSAGES, RESULTS)
+    names = sys.argv[1:] or list(BENCHMARKS)
+    if unknown := sorted(set(names) - set(BENCHMARKS)):
+        sys.exit(f"no benchmark {', '.join(unknown)}; there are: {', '.join(BENCHMARKS)}")
+    for name in names:
+        data, measure = BENCHMARKS[name]
+        if data.exists():
+            measure()
+        else:
+            print(f"{name}: {data} is not here; PERSONALIZATION_TEST_DATA may name the folder of the real data sets")

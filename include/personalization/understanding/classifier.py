@@ -235,6 +235,9 @@ def _fit(examples: Floats, intents: Integers, count: int) -> _Fit:
         model = LogisticRegression(C=_INVERSE_PENALTY, class_weight="balanced", max_iter=_ITERATIONS, tol=_TOLERANCE)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # some steps more change nothing that counts
+            warnings.filterwarnings(
+                "ignore", "The number of unique classes", UserWarning
+            )  # one example an intent will do
             model.fit(examples, intents)
         # Of two intents scikit-learn tells the second from the first.
         rows = present[1:] if len(present) == 2 else present
