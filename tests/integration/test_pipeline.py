@@ -231,7 +231,9 @@ def test_real_messages_with_broken_rows_among_them(
     assert stores.mongo.quarantine.count_documents({}) == 20
     assert stores.mongo.conversations.count_documents({}) == 1980 == stores.vectors("messages")
     detected = stage(summary, "detect_intents")
-    expressed = stores.sql("SELECT count(*), count(DISTINCT message_id) FROM message_intents WHERE intent_id <> 'other'")
+    expressed = stores.sql(
+        "SELECT count(*), count(DISTINCT message_id) FROM message_intents WHERE intent_id <> 'other'"
+    )
     assert expressed == [(stores.cypher("MATCH ()-[e:EXPRESSED]->() RETURN sum(e.count)"), detected["rows_out"])]
     assert detected["rows_out"] + detected["skipped"] == 1980
     assert stores.sql("SELECT shards FROM pipeline_runs WHERE stage = 'embed'") == [(3,)]
