@@ -4,7 +4,7 @@ A strict split in time: a policy sees what lies before the split and nothing els
 moments whose whole horizon lies before it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import structlog
 
-from personalization.evaluation.policies import ABLATIONS, BASELINES, FUSIONS, TRAINED, Moment
+from personalization.evaluation.policies import ABLATIONS, BASELINES, FUSIONS, TRAINED, Moment, Trained
 from personalization.learning.history import History
 from personalization.learning.metrics import (
     METRICS,
@@ -23,7 +23,7 @@ from personalization.learning.metrics import (
     top_places,
     user_metrics,
 )
-from personalization.learning.training import Example, Task, choose_ranker, fit_ranker, past_moments, take_example
+from personalization.learning.training import Example, Task, choose_ranker, fit_ranker, past_moments, take_examples
 from personalization.recommend.ranking import LearnedRanker, Ranker, all_features
 from personalization.recommend.sources import Matrix, Vector, Whole
 from personalization.schemas import DAY_MS
@@ -79,8 +79,10 @@ class Replay:
     def __init__(self, history: History, plan: Plan) -> None:
         self._history = history
         self._plan = plan
-        self._examples: dict[int, Example] = {}
-        self._chosen: dict[int, Ranker] = {}
+        self._examples: dict[tuple[int, int], Example | None] = {}
+        self._fitted: dict[tuple[int, str], Ranker] = {}
+        self.candidates: dict[int, int] = {}
+        """Campaigns that could be shown at each split."""
         self.rankers: dict[int, str] = {}
         """Version of the ranker that the shipped policy used at each split."""
 
@@ -88,19 +90,18 @@ class Replay:
         """Outcome of each policy over all splits."""
         outcomes = {name: Outcome() for name in policies}
         for done, split in enumerate(self._plan.splits, start=1):
-            example = self._example(split)
-            if len(example.users):
-                self._run_split(example, outcomes)
+            past = self._past(split)
+            for example in self._examples_of(split):
+                self._run_example(example, past, outcomes)
             progress(done)
         return outcomes
 
-    def _run_split(self, example: Example, outcomes: dict[str, Outcome]) -> None:
+    def _run_example(self, example: Example, past: list[Example], outcomes: dict[str, Outcome]) -> None:
         moment = Moment(example, self._history.before(example.moment))
         total = max(len(self._history.user_ids), 1)
         popularity = np.expm1(example.evidence.context["engaged_users"][0]) / total
         is_cold = np.expm1(example.evidence.context["user_messages"][:, 0]) <= _COLD_MESSAGES
         is_cold &= example.evidence.context["user_engagement"][:, 0] == 0
-        past = self._past(example.moment)
         for name, outcome in outcomes.items():
             ranker = self._ranker(name, past, example.moment)
             scores = ranker.score(example.evidence) if ranker else BASELINES[name](moment)
@@ -115,23 +116,38 @@ class Replay:
         trained = TRAINED.get(name) or ABLATIONS.get(name)
         if trained is None:
             return None
+        if (moment, name) not in self._fitted:
+            self._fitted[moment, name] = self._fit(trained, past, moment)
+        return self._fitted[moment, name]
+
+    def _fit(self, trained: Trained, past: list[Example], moment: int) -> Ranker:
         if trained.gated:
-            self._chosen[moment] = choose_ranker(past).ranker
-            self.rankers[moment] = self._chosen[moment].version
-            return self._chosen[moment]
-        if not trained.without and isinstance(known := self._chosen.get(moment), LearnedRanker):
+            chosen = choose_ranker(past).ranker
+            self.rankers[moment] = chosen.version
+            return chosen
+        if not trained.without and isinstance(known := self._fitted.get((moment, REFERENCE)), LearnedRanker):
             return known  # fitted to the same examples
         return fit_ranker(past, all_features(trained.without)) or FUSIONS["fusion"]
 
     def _past(self, split: int) -> list[Example]:
-        """Examples of moments whose horizon ends by the split, oldest first."""
-        moments = past_moments(self._history, split, self._plan.horizon_ms, self._plan.every_ms)
-        return [self._example(moment) for moment in moments]
+        """Examples whose horizon ends by the split, oldest first. Those that no later split needs are forgotten."""
+        moments, horizon_ms = past_moments(self._history, split, self._plan.horizon_ms)
+        self._examples = {key: one for key, one in self._examples.items() if key[0] >= min(moments, default=split)}
+        for moment in moments:
+            if (moment, horizon_ms) not in self._examples:
+                drawn = next(take_examples(self._history, moment, horizon_ms, self._plan.task), None)
+                self._examples[moment, horizon_ms] = drawn
+        found = (self._examples[moment, horizon_ms] for moment in moments)
+        return [one for one in found if one is not None]
 
-    def _example(self, moment: int) -> Example:
-        if moment not in self._examples:
-            self._examples[moment] = take_example(self._history, moment, self._plan.horizon_ms, self._plan.task)
-        return self._examples[moment]
+    def _examples_of(self, split: int) -> Iterator[Example]:
+        """All who engage behind the split; the first part is kept to be learned from later."""
+        key = (split, self._plan.horizon_ms)
+        for place, example in enumerate(take_examples(self._history, *key, self._plan.task)):
+            if place == 0:
+                self._examples[key] = example
+                self.candidates[split] = len(example.columns)
+            yield example
 
 
 def _keep(outcome: Outcome, example: Example, scores: Matrix, popularity: Vector, is_cold: Flags) -> None:
@@ -162,13 +178,13 @@ def summarise(replay: Replay, plan: Plan, outcomes: dict[str, Outcome]) -> dict[
     }
     if not answers:
         return report
-    candidates = {(split, int(column)) for split in plan.splits for column in replay._example(split).columns}
+    candidates = sum(replay.candidates.values())
     owners = np.concatenate(first.owners)
     cold = np.concatenate(first.cold)
-    report["candidates_per_split"] = len(candidates) / len(plan.splits)
+    report["candidates_per_split"] = candidates / len(replay.candidates)
     for name, outcome in outcomes.items():
         entry: dict[str, Any] = {metric: _shown(interval(outcome.column(metric), owners)) for metric in outcome.values}
-        entry["coverage@10"] = round(len(outcome.shown) / max(len(candidates), 1), 4)
+        entry["coverage@10"] = round(len(outcome.shown) / max(candidates, 1), 4)
         entry["segments"] = {
             segment: {
                 "answers": int(chosen.sum()),

@@ -1,13 +1,14 @@
 """Training: the ranker fitted to what users engaged with after moments of the past."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import lightgbm
 import numpy as np
 import structlog
+from scipy import sparse
 
 from personalization.learning.history import History, take_snapshot
 from personalization.learning.metrics import Mask, user_metrics
@@ -17,7 +18,7 @@ from personalization.recommend.ranking import (
     LearnedRanker,
     Ranker,
     all_features,
-    feature_matrix,
+    feature_scores,
     monotone,
 )
 from personalization.recommend.sources import Matrix, Vector, Whole
@@ -27,6 +28,10 @@ Task = Literal["new", "any"]
 
 MOMENTS = 12
 """Past moments that are learned from."""
+MOMENTS_HALF_LIFE = 4.0
+LEAST_MOMENTS = 6
+"""A horizon is cut so that so many lie in the history."""
+USERS_AT_ONCE = 1000
 MIN_POSITIVES = 200
 """Fewest engagements to learn from."""
 _NEGATIVES = 60
@@ -65,41 +70,66 @@ class Example:
     """(B, C) what may be recommended."""
     truth: Mask
     """(B, C) what was engaged with."""
+    of_users: int
+    """All users of the moment who engaged; B may be some of them."""
 
 
-def take_example(history: History, moment: int, horizon_ms: int, task: Task) -> Example:
-    """Draw the evidence of `moment` for the users who engaged within `horizon_ms` behind it."""
+def take_examples(history: History, moment: int, horizon_ms: int, task: Task) -> Iterator[Example]:
+    """Draw the evidence of `moment` for the users who engaged within `horizon_ms` behind it.
+
+    Yields up to `USERS_AT_ONCE` users at a time in a random order, so that the first part is a fair sample; nothing
+    where nobody engaged. Memory: users at once x candidates x features.
+    """
     snapshot = take_snapshot(history, moment)
     signals = history.signals
-    shape = (len(history.user_ids), len(history.catalog.ids))
-    seen, then = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
-    before = signals.is_event & (signals.at < moment)
-    within = signals.is_event & (signals.at >= moment) & (signals.at < moment + horizon_ms)
-    seen[signals.user[before], signals.campaign[before]] = True
-    then[signals.user[within], signals.campaign[within]] = True
-    allowed = ~seen[:, snapshot.columns] if task == "new" else np.ones((shape[0], len(snapshot.columns)), dtype=bool)
-    truth = then[:, snapshot.columns] & allowed
-    users = np.flatnonzero(truth.any(axis=1))
-    evidence = Evidence.of(snapshot.campaigns, snapshot.users(users))
-    return Example(moment, users, snapshot.columns, evidence, allowed[users], truth[users])
+    column = np.full(len(history.catalog.ids), -1, dtype=np.int64)
+    column[snapshot.columns] = np.arange(len(snapshot.columns))
+    candidate = signals.is_event & (column[signals.campaign] >= 0)
+    before = np.flatnonzero(candidate & (signals.at < moment))
+    within = np.flatnonzero(candidate & (signals.at >= moment) & (signals.at < moment + horizon_ms))
+    shape = (len(history.user_ids), len(snapshot.columns))
+    seen = _pairs(signals.user[before], column[signals.campaign[before]], shape)
+    then = _pairs(signals.user[within], column[signals.campaign[within]], shape)
+    if task == "new":
+        then = then - then.multiply(seen)
+    users = np.flatnonzero(then.sum(axis=1))
+    users = np.random.default_rng(0).permutation(users)
+    for start in range(0, len(users), USERS_AT_ONCE):
+        part = np.sort(users[start : start + USERS_AT_ONCE])
+        known = seen[part].toarray() > 0
+        allowed = ~known if task == "new" else np.ones_like(known)
+        evidence = Evidence.of(snapshot.campaigns, snapshot.users(part))
+        yield Example(moment, part, snapshot.columns, evidence, allowed, then[part].toarray() > 0, len(users))
 
 
-def past_moments(history: History, moment: int, horizon_ms: int, every_ms: int) -> list[int]:
-    """Moments to learn from at `moment`: their whole horizon lies before it. Oldest first, at most `MOMENTS`."""
-    newest = moment - -(-horizon_ms // every_ms) * every_ms
+def _pairs(rows: Whole, columns: Whole, shape: tuple[int, int]) -> sparse.csr_array:
+    """1 for each pair, however often it comes."""
+    matrix = sparse.csr_array((np.ones(len(rows), dtype=np.float32), (rows, columns)), shape=shape)
+    matrix.data[:] = 1
+    return matrix
+
+
+def past_moments(history: History, moment: int, horizon_ms: int) -> tuple[list[int], int]:
+    """Moments to learn from at `moment`, oldest first, at most `MOMENTS`, and the horizon behind each.
+
+    The horizons lie side by side and end by `moment`; one that is long beside the history is cut, so that there
+    are several.
+    """
     oldest = int(history.signals.at[0]) if len(history.signals.at) else moment
-    moments = (newest - back * every_ms for back in reversed(range(MOMENTS)))
-    return [one for one in moments if one > oldest]
+    horizon_ms = max(min(horizon_ms, (moment - oldest) // LEAST_MOMENTS), 1)
+    moments = (moment - back * horizon_ms for back in range(MOMENTS, 0, -1))
+    return [one for one in moments if one > oldest], horizon_ms
 
 
-def past_examples(history: History, moment: int, horizon_ms: int, every_ms: int, task: Task) -> list[Example]:
-    """The examples to learn from at `moment`."""
-    moments = past_moments(history, moment, horizon_ms, every_ms)
-    return [take_example(history, one, horizon_ms, task) for one in moments]
+def past_examples(history: History, moment: int, horizon_ms: int, task: Task) -> list[Example]:
+    """The examples to learn from at `moment`, of at most `USERS_AT_ONCE` users each."""
+    moments, horizon_ms = past_moments(history, moment, horizon_ms)
+    drawn = (next(take_examples(history, one, horizon_ms, task), None) for one in moments)
+    return [one for one in drawn if one is not None]
 
 
 def fit_ranker(examples: Sequence[Example], features: tuple[str, ...] | None = None) -> LearnedRanker | None:
-    """Fit trees to the examples, and the calibration to the newest; None where there is too little to learn from.
+    """Fit trees to the examples; None where there is too little to learn from.
 
     Cost: rows x trees; rows are a user's engagements and up to 60 others for each example.
     """
@@ -108,7 +138,9 @@ def fit_ranker(examples: Sequence[Example], features: tuple[str, ...] | None = N
     if len(examples) < 2 or sum(int(one.truth.sum()) for one in examples) < MIN_POSITIVES:
         return None
     rng = np.random.default_rng(0)
-    parts = [_rows(one, features, rng) for one in examples]
+    # The newest count most: tastes change, and early moments knew little.
+    fading = [0.5 ** (age / MOMENTS_HALF_LIFE) for age in reversed(range(len(examples)))]
+    parts = [_rows(one, features, rng, weight) for one, weight in zip(examples, fading, strict=True)]
     matrix, labels, weights = (np.concatenate([part[at] for part in parts]) for at in range(3))
     booster = lightgbm.train(
         {**_PARAMETERS, "monotone_constraints": monotone(features)},
@@ -120,9 +152,10 @@ def fit_ranker(examples: Sequence[Example], features: tuple[str, ...] | None = N
     return LearnedRanker(model, features, version)
 
 
-def _rows(example: Example, features: tuple[str, ...], rng: np.random.Generator) -> tuple[Matrix, Matrix, Matrix]:
+def _rows(
+    example: Example, features: tuple[str, ...], rng: np.random.Generator, weight: float
+) -> tuple[Matrix, Matrix, Matrix]:
     """All a user engaged with and a draw of what they did not, weighted so that it stands for all of it."""
-    matrix = feature_matrix(example.evidence, features)
     draw = rng.random(example.truth.shape)
     draw[~example.allowed | example.truth] = np.inf
     others = example.allowed & ~example.truth
@@ -133,8 +166,9 @@ def _rows(example: Example, features: tuple[str, ...], rng: np.random.Generator)
     kept &= others
     stands_for = others.sum(axis=1) / np.maximum(kept.sum(axis=1), 1)
     take = kept | example.truth
-    weights = np.where(example.truth, 1.0, stands_for[:, None])
-    return matrix[take], example.truth[take].astype(np.float32), weights[take]
+    weights = weight * np.where(example.truth, 1.0, stands_for[:, None])
+    matrix = np.stack([feature_scores(example.evidence, one)[take] for one in features], axis=1)
+    return matrix, example.truth[take].astype(np.float32), weights[take].astype(np.float32)
 
 
 @dataclass(frozen=True)

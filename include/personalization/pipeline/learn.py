@@ -47,7 +47,9 @@ def learn(
     """
     now_ms = time.time_ns() // 1_000_000
     served_at = analytics.served_at()
-    if not user_pages and served_at is not None and now_ms - served_at < FRESH_MS:
+    built = analytics.serving_state()
+    is_same_catalog = built is not None and built.catalog_version == catalog_version(catalog)
+    if not user_pages and is_same_catalog and served_at is not None and now_ms - served_at < FRESH_MS:
         report.details = {"nothing_new": True}
         return False
     staged = embed_campaigns(report, catalog=catalog, staging=staging, settings=settings)
@@ -60,7 +62,7 @@ def learn(
         settings=settings,
     )
     snapshot = take_snapshot(history, now_ms, upcoming_ms=UPCOMING_MS)
-    choice = choose_ranker(past_examples(history, now_ms, HORIZON_MS, HORIZON_MS, "any"))
+    choice = choose_ranker(past_examples(history, now_ms, HORIZON_MS, "any"))
     learned = choice.ranker if isinstance(choice.ranker, LearnedRanker) else None
     content = ServedKnowledge(catalog, snapshot.campaigns, learned).to_bytes()
     write_atomically(staging.root / SERVED_FILE, content)

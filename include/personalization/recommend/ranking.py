@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import lightgbm
 import numpy as np
@@ -118,7 +118,7 @@ DEFAULT_FUSION = RankFusion(
 class LearnedRanker:
     """Gradient-boosted trees (LightGBM) over the sources' scores and ranks, fitted to feedback."""
 
-    model: str
+    model: str = field(repr=False)
     """LightGBM's text format."""
     features: tuple[str, ...]
     version: str
@@ -131,13 +131,12 @@ class LearnedRanker:
     def score(self, evidence: Evidence) -> Matrix:
         """(B, C) probability that a user who engages with anything soon engages with this one."""
         matrix = feature_matrix(evidence, self.features)
-        scores = np.asarray(self.booster.predict(matrix.reshape(-1, matrix.shape[2]), num_threads=1))
-        return scores.reshape(matrix.shape[:2]).astype(np.float32)
+        return self._predict(matrix).reshape(matrix.shape[:2]).astype(np.float32)
 
     def shares(self, evidence: Evidence) -> tuple[list[Source], Shares]:
         """The score, split by what speaks for it: the positive SHAP values (Lundberg and Lee 2017) of the sources."""
         matrix = feature_matrix(evidence, self.features)
-        flat = np.asarray(self.booster.predict(matrix.reshape(-1, matrix.shape[2]), pred_contrib=True, num_threads=1))
+        flat = self._predict(matrix, pred_contrib=True)
         names = list(dict.fromkeys(source_of(feature) for feature in self.features))
         given = np.stack(
             [
@@ -149,6 +148,13 @@ class LearnedRanker:
         positive = np.maximum(given, 0) + 1e-9
         parts = (positive / positive.sum(axis=1, keepdims=True)).reshape(*matrix.shape[:2], len(names))
         return names, (parts * self.score(evidence)[:, :, None]).astype(np.float32)
+
+    def _predict(self, matrix: Shares, **options: bool) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """For each row of features; LightGBM itself takes no matrix without rows."""
+        rows = matrix.reshape(-1, matrix.shape[2])
+        if not len(rows):
+            return np.zeros((0, matrix.shape[2] + 1) if options else 0)
+        return np.asarray(self.booster.predict(rows, num_threads=1, **options))
 
     def to_json(self) -> str:
         """All of it as text, for the store."""
