@@ -499,6 +499,7 @@ def test_the_intents_version_changes_with_what_decides_an_intent(other: list[Any
 @pytest.mark.parametrize(("score", "valid"), [(0, True), (1, True), (-0.01, False), (1.01, False)])
 def test_a_score_lies_between_nothing_and_one(score: float, valid: bool):
     content = {"campaign_id": "c", "name": "C", "description": "", "category": "x", "reasons": []}
+    content |= {"position": 1, "propensity": 1.0}
 
     if valid:
         assert json.loads(Recommendation(**content, score=score).model_dump_json())["score"] == score
