@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from neo4j import GraphDatabase
 from personalization.local.config import StackConfig
@@ -20,6 +21,10 @@ from pymilvus import MilvusClient
 from pymongo import MongoClient
 from redis import Redis
 from sqlalchemy import create_engine, text
+
+# The same examples every time, and none kept: a test fails for everybody or for nobody.
+hypothesis.settings.register_profile("platform", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("platform")
 
 PROJECT = Path(__file__).parents[1]
 SAMPLE = PROJECT / "include" / "data" / "sample_conversations.json"

@@ -1,361 +1,302 @@
-"""Ranking and its explanations: which campaigns come out of the evidence, in which order, and why."""
+"""Rankers: what they make of the sources' scores, and how each score is split into what the sources gave."""
 
-import random
-from datetime import UTC, datetime
+import json
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
-from personalization.recommend.candidates import Evidence
-from personalization.recommend.explanation import explain
-from personalization.recommend.ranking import WEIGHTS, Ranked, rank, rank_popular
-from personalization.schemas import Recommendation
-from personalization.stores.milvus import Neighbour
-from personalization.stores.neo4j import CampaignRow, NeighbourCampaignRow, OwnIntentRow
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from knowledge_data import DAY_MS, NOW, some_campaigns, some_history, some_users
+from personalization.learning.training import fit_ranker, past_examples
+from personalization.recommend import ranking
+from personalization.recommend.ranking import (
+    DEFAULT_FUSION,
+    FUSION_DEPTH,
+    NAMED_RANKERS,
+    Evidence,
+    LearnedRanker,
+    RankFusion,
+    SimilarUsers,
+    all_features,
+    feature_matrix,
+    monotone,
+    source_of,
+)
+from personalization.recommend.sources import LIFTED, SOURCES
 
-NOW = 1_790_000_000_000
-DAY = 86_400_000
-
-
-def campaign(campaign_id: str) -> CampaignRow:
-    return CampaignRow(campaign_id=campaign_id, name=campaign_id.title(), description="", category="x")
-
-
-def own(campaign_id: str, intent: str = "flights", **changes: Any) -> OwnIntentRow:
-    known = {"count": 1, "last_seen": NOW, "confidence": 0.8} | changes
-    return OwnIntentRow(campaign_id=campaign_id, intent_id=intent, intent_name=intent.title(), **known)
-
-
-def engaged(campaign_id: str, user_id: str, count: int = 1) -> NeighbourCampaignRow:
-    return NeighbourCampaignRow(campaign_id=campaign_id, user_id=user_id, count=count)
-
-
-def near(**similarities: float) -> list[Neighbour]:
-    return [Neighbour(user_id=user_id, similarity=value) for user_id, value in similarities.items()]
+worlds = given(seed=st.integers(0, 2**32), users=st.integers(0, 4), candidates=st.integers(0, 7))
 
 
-def evidence(
-    active: str,
-    *,
-    own_intents: tuple[OwnIntentRow, ...] = (),
-    neighbours: list[Neighbour] | None = None,
-    theirs: tuple[NeighbourCampaignRow, ...] = (),
-    users: dict[str, int] | None = None,
-) -> Evidence:
-    """Evidence over the campaigns named by the letters of `active`."""
-    return Evidence([campaign(one) for one in active], [*own_intents], neighbours or [], [*theirs], users or {})
+@pytest.fixture(scope="module")
+def learned() -> LearnedRanker:
+    """Fitted to a small history, in which a user's taste tells what they engage with."""
+    history = some_history(np.random.default_rng(3), users=80, campaigns=12, messages=1500, events=2500)
+    ranker = fit_ranker(past_examples(history, NOW, 7 * DAY_MS, "any"))
+    assert ranker is not None
+    return ranker
 
 
-def order(ranked: list[Ranked]) -> str:
-    return ">".join(one.campaign["campaign_id"] for one in ranked)
+def evidence(seed: int, users: int = 3, candidates: int = 6) -> Evidence:
+    rng = np.random.default_rng(seed)
+    campaigns = some_campaigns(rng, candidates)
+    return Evidence.of(campaigns, some_users(rng, users, campaigns))
 
 
-def shares(ranked: list[Ranked]) -> dict[str, dict[str, float]]:
-    return {one.campaign["campaign_id"]: dict(one.shares) for one in ranked}
+def scores(*rows: list[float], source: Any = "own_intents") -> Evidence:
+    """Evidence in which one source speaks."""
+    matrix = np.asarray(rows, dtype=np.float32)
+    return Evidence({one: matrix if one == source else np.zeros_like(matrix) for one in SOURCES}, {})
 
 
-# --- own intents
+def check(ranker: Any, known: Evidence) -> None:
+    """What holds for every ranker and all evidence."""
+    shape = known.sources["popularity"].shape
+    score = ranker.score(known)
+    names, shares = ranker.shares(known)
+
+    assert score.shape == shape
+    assert shares.shape == (*shape, len(names))
+    assert len(set(names)) == len(names)
+    assert set(names) <= set(SOURCES)
+    assert np.isfinite(score).all()
+    assert ((score >= 0) & (score <= 1 + 1e-6)).all()
+    assert (shares >= 0).all()
+    np.testing.assert_allclose(shares.sum(axis=2), score, atol=1e-6)
+
+
+# --- ranks
 
 
 @pytest.mark.parametrize(
-    ("better", "worse"),
+    ("row", "expected"),
     [
-        pytest.param({"count": 5}, {"count": 4}, id="said more often"),
-        pytest.param({"confidence": 0.9}, {"confidence": 0.8}, id="said more clearly"),
-        pytest.param({"last_seen": NOW}, {"last_seen": NOW - 7 * DAY}, id="said later"),
-        pytest.param(
-            {"count": 2, "last_seen": NOW}, {"count": 3, "last_seen": NOW - 60 * DAY}, id="later over oftener"
-        ),
+        ([3, 1, 2], [1, 0, 0.5]),
+        ([0, 0, 0], [0.5, 0.5, 0.5]),
+        ([5, 5, 1], [0.75, 0.75, 0]),
+        ([-1, 0, 0, 9], [0, 0.5, 0.5, 1]),
+        ([7], [0]),
+        ([], []),
     ],
 )
-def test_what_the_user_said_more_often_more_clearly_or_later_counts_more(better: dict[str, Any], worse: dict[str, Any]):
-    ranked = rank(evidence("ab", own_intents=(own("a", **worse), own("b", **better))))
-
-    assert order(ranked) == "b>a"
-    assert ranked[0].score > ranked[1].score > 0
+def test_a_rank_is_the_share_of_candidates_one_is_ahead_of(row: list[float], expected: list[float]):
+    np.testing.assert_allclose(scores(row).ranks["own_intents"], [expected])
 
 
-def test_what_was_said_a_half_life_earlier_counts_half():
-    ranked = rank(evidence("ab", own_intents=(own("a", last_seen=NOW - 30 * DAY), own("b", last_seen=NOW))))
+@worlds
+def test_ranks_lie_between_nothing_and_one_and_follow_the_scores(seed: int, users: int, candidates: int):
+    known = evidence(seed, users, candidates)
 
-    assert shares(ranked) == {"b": {"own_intents": 0.6}, "a": {"own_intents": 0.3}}
-
-
-def test_time_that_passes_changes_nothing_for_a_user_who_is_silent():
-    now, later = (
-        rank(evidence("ab", own_intents=(own("a", last_seen=at), own("b", last_seen=at - 9 * DAY))))
-        for at in (NOW, NOW - 1000 * DAY)
-    )
-
-    assert shares(now) == shares(later)
-
-
-def test_a_campaign_gathers_all_of_its_intents():
-    ranked = rank(evidence("ab", own_intents=(own("a"), own("b", "films"), own("b", "books"))))
-
-    assert order(ranked) == "b>a"
-    assert ranked[1].score == pytest.approx(ranked[0].score / 2, abs=1e-4)
+    for source, ranks in known.ranks.items():
+        assert ranks.shape == (users, candidates)
+        assert ((ranks >= 0) & (ranks <= 1)).all()
+        for row, ranked in zip(known.sources[source], ranks, strict=True):
+            higher = row[:, None] > row[None, :]
+            assert (ranked[:, None] > ranked[None, :])[higher].all()
+            if candidates > 1:
+                assert ranked.mean() == pytest.approx(0.5)
 
 
-def test_own_intents_beat_any_popularity():
-    ranked = rank(evidence("abc", own_intents=(own("a"),), users={"a": 0, "b": 10_000_000, "c": 5}, neighbours=[]))
+def test_ranks_of_what_is_alike_for_all_users_are_those_of_one_user():
+    """Popularity and recency are broadcast; their ranks are taken once."""
+    known = evidence(1, users=3)
 
-    assert order(ranked) == "a"
-    assert shares(ranked) == {"a": {"own_intents": 0.6}}
-
-
-def test_own_intents_beat_similar_users_and_popularity_together():
-    ranked = rank(
-        evidence(
-            "ab",
-            own_intents=(own("a"),),
-            neighbours=near(u1=0.99, u2=0.98),
-            theirs=(engaged("b", "u1", 100), engaged("b", "u2", 100)),
-            users={"b": 10_000_000},
-        )
-    )
-
-    assert order(ranked) == "a>b"
+    assert known.sources["popularity"].strides[0] == 0
+    one_by_one = replace(known, sources={one: np.array(rows) for one, rows in known.sources.items()})
+    for source in SOURCES:
+        np.testing.assert_array_equal(known.ranks[source], one_by_one.ranks[source])
 
 
-# --- similar users
+# --- rank fusion
+
+
+def test_a_vote_halves_at_the_depth_of_fusion():
+    row = list(np.arange(100, 100 - FUSION_DEPTH - 1, -1.0))
+    _, shares = RankFusion({"own_intents": 3.0}).shares(scores(row))
+
+    assert shares[0, 0, 0] == pytest.approx(1)
+    assert shares[0, FUSION_DEPTH, 0] == pytest.approx(0.5)
+    assert shares[0, 3, 0] == pytest.approx(FUSION_DEPTH / (FUSION_DEPTH + 3))
 
 
 @pytest.mark.parametrize(
-    "theirs",
-    [
-        pytest.param((engaged("a", "far"), engaged("b", "close")), id="the more similar user"),
-        pytest.param((engaged("a", "far", 2), engaged("b", "far", 3)), id="engaged more often"),
-        pytest.param((engaged("a", "close"), engaged("b", "close"), engaged("b", "far")), id="more users"),
-    ],
+    "row", [[0, 0, 0], [0.4, 0.4, 0.4], [-1, -2, -3], [-1, -1, -1], [0.7]], ids=lambda row: f"{row}"
 )
-def test_similar_users_speak_by_similarity_count_and_number(theirs: tuple[NeighbourCampaignRow, ...]):
-    ranked = rank(evidence("ab", neighbours=near(close=0.9, far=0.6), theirs=theirs))
-
-    assert order(ranked) == "b>a"
-    assert set(ranked[0].shares) == {"similar_users"}
-    assert ranked[0].score == 0.25
+def test_a_source_that_says_nothing_or_the_same_of_all_has_no_vote(row: list[float]):
+    assert not RankFusion({"own_intents": 1.0}).score(scores(row)).any()
 
 
-def test_similar_users_speak_for_a_user_of_whom_no_intent_is_known():
-    ranked = rank(evidence("abc", neighbours=near(u1=0.7), theirs=(engaged("b", "u1"),), users={"a": 900, "b": 3}))
+def test_a_candidate_a_source_says_nothing_of_gets_nothing_from_it():
+    [row] = RankFusion({"own_intents": 1.0}).score(scores([0, 2, 0, 1, -0.5]))
 
-    assert order(ranked) == "b"
-
-
-# --- popularity
+    assert row[1] > row[3] > 0
+    assert not row[[0, 2, 4]].any()
 
 
-def test_popularity_decides_between_equals_only():
-    rows = (own("a"), own("b"))
+def test_ties_share_a_place():
+    [row] = RankFusion({"own_intents": 1.0}).score(scores([2, 2, 1]))
 
-    assert order(rank(evidence("ab", own_intents=rows, users={"a": 1, "b": 2}))) == "b>a"
-    assert order(rank(evidence("ab", own_intents=rows, users={"a": 2, "b": 1}))) == "a>b"
-
-
-def test_a_user_nothing_is_known_of_gets_no_personal_campaign_but_popular_ones():
-    nothing = evidence("abcd", users={"a": 3, "b": 0, "c": 70, "d": 3, "gone": 9})
-
-    assert rank(nothing) == []
-    assert order(rank_popular(nothing)) == "c>a>d>b"
-    assert set(shares(rank_popular(nothing))["c"]) == {"popularity"}
-    assert shares(rank_popular(nothing))["b"] == {}
+    assert row[0] == row[1] == pytest.approx(FUSION_DEPTH / (FUSION_DEPTH + 0.5))
 
 
-def test_where_nobody_engaged_yet_all_active_campaigns_are_offered_by_id():
-    ranked = rank_popular(evidence("cab", users={"a": 0, "b": 0, "c": 0}))
+def test_weights_are_relative_and_decide():
+    both = scores([1, 2])
+    both.sources["recency"] = np.asarray([[2, 1]], dtype=np.float32)
+    known = Evidence(both.sources, {})
 
-    assert [(one.campaign["campaign_id"], one.score) for one in ranked] == [("a", 0), ("b", 0), ("c", 0)]
+    likes = RankFusion({"own_intents": 2.0, "recency": 1.0}).score(known)[0]
+    news = RankFusion({"own_intents": 1.0, "recency": 2.0}).score(known)[0]
+
+    assert likes[1] > likes[0]
+    assert news[0] > news[1]
+    np.testing.assert_allclose(RankFusion({"own_intents": 20.0, "recency": 10.0}).score(known)[0], likes, atol=1e-7)
 
 
-def test_a_campaign_newer_than_the_last_run_has_no_popularity_yet():
-    assert order(rank_popular(evidence("ab", users={"b": 5}))) == "b>a"
-    assert rank(evidence("a", own_intents=(own("a"),)))[0].score == 0.6
+def test_the_default_hears_every_source_and_may_reach_one():
+    assert set(DEFAULT_FUSION.weights) == set(SOURCES)
+    row = np.asarray([[1, 2, 3]], dtype=np.float32)
+    assert DEFAULT_FUSION.score(Evidence(dict.fromkeys(SOURCES, row), {}))[0, 2] == pytest.approx(1)
 
 
-# --- what may not appear
+@worlds
+def test_fusion_adds_up_whatever_the_evidence(seed: int, users: int, candidates: int):
+    known = evidence(seed, users, candidates)
+    drawn = np.random.default_rng(seed).exponential(1, len(SOURCES))
+
+    check(DEFAULT_FUSION, known)
+    check(RankFusion(dict(zip(SOURCES, drawn, strict=True))), known)
 
 
-def test_what_is_not_active_does_not_appear_whatever_speaks_for_it():
-    over = evidence(
-        "a",
-        own_intents=(own("over", count=99), own("a")),
-        neighbours=near(u1=0.9),
-        theirs=(engaged("over", "u1", 99),),
-        users={"over": 10_000, "a": 1},
+@worlds
+def test_more_of_a_source_never_lowers_a_fused_score(seed: int, users: int, candidates: int):
+    known = evidence(seed, max(users, 1), max(candidates, 2))
+    before = DEFAULT_FUSION.score(known)
+    for source in SOURCES:
+        after = DEFAULT_FUSION.score(raised(known, source))
+        assert after[0, 0] >= before[0, 0] - 1e-6
+
+
+def raised(known: Evidence, source: Any) -> Evidence:
+    """The same, with more of the source for the first candidate of the first user, and of its lift."""
+    sources = {one: np.array(rows) for one, rows in known.sources.items()}
+    context = {one: np.array(rows) for one, rows in known.context.items()}
+    sources[source][0, 0] += 1 + abs(sources[source]).max()
+    if source in LIFTED:
+        context[f"{source}_lift"][0, 0] += 1
+    return Evidence(sources, context)
+
+
+# --- the learned ranker
+
+
+def test_a_fitted_ranker_puts_a_user_s_taste_first(learned: LearnedRanker):
+    history = some_history(np.random.default_rng(4), users=80, campaigns=12, messages=1500, events=2500)
+    [example, *_] = past_examples(history, NOW, 7 * DAY_MS, "any")
+    score = learned.score(example.evidence)
+
+    assert score[example.truth].mean() > 1.5 * score[~example.truth].mean()
+
+
+@settings(max_examples=40)
+@worlds
+def test_the_learned_ranker_adds_up_whatever_the_evidence(
+    learned: LearnedRanker, seed: int, users: int, candidates: int
+):
+    check(learned, evidence(seed, users, candidates))
+
+
+@settings(max_examples=40)
+@worlds
+def test_more_of_a_source_never_lowers_a_learned_score(learned: LearnedRanker, seed: int, users: int, candidates: int):
+    known = evidence(seed, max(users, 1), max(candidates, 2))
+    before = learned.score(known)
+    for source in SOURCES:
+        assert learned.score(raised(known, source))[0, 0] >= before[0, 0] - 1e-6
+
+
+def test_only_scores_ranks_and_lifts_are_bound_to_rise():
+    features = all_features()
+
+    rising = {feature for feature, bound in zip(features, monotone(features), strict=True) if bound}
+    assert rising == {
+        *(f"{kind}:{source}" for source in SOURCES for kind in ("score", "rank")),
+        *(f"context:{source}_lift" for source in LIFTED),
+    }
+    assert set(monotone(features)) == {0, 1}
+
+
+def test_every_feature_belongs_to_a_source_and_goes_with_it():
+    known = evidence(0)
+
+    assert {source_of(one) for one in all_features()} == set(SOURCES)
+    assert {f"context:{name}" for name in known.context} == {one for one in all_features() if one[:4] == "cont"}
+    for source in SOURCES:
+        left = all_features([source])
+        assert left
+        assert source not in {source_of(one) for one in left}
+    assert feature_matrix(known, all_features()).shape == (3, 6, len(all_features()))
+
+
+def test_the_learned_ranker_comes_back_from_json_as_it_was(learned: LearnedRanker):
+    text = learned.to_json()
+    back = LearnedRanker.from_json(text)
+
+    assert set(json.loads(text)) == {"model", "features", "version"}
+    assert (back.version, back.features) == (learned.version, learned.features)
+    assert back.version.startswith("learned-")
+    known = evidence(2)
+    np.testing.assert_array_equal(back.score(known), learned.score(known))
+    np.testing.assert_array_equal(back.shares(known)[1], learned.shares(known)[1])
+
+
+def test_the_same_history_gives_the_same_ranker(learned: LearnedRanker):
+    history = some_history(np.random.default_rng(3), users=80, campaigns=12, messages=1500, events=2500)
+
+    again = fit_ranker(past_examples(history, NOW, 7 * DAY_MS, "any"))
+
+    assert again is not None
+    assert again.version == learned.version
+
+
+def test_nothing_is_pickled():
+    assert not {"pickle", "joblib", "marshal"} & set(vars(ranking))
+
+
+# --- the seed recipe
+
+
+def test_the_recipe_counts_similar_users_and_lets_popularity_break_ties():
+    known = Evidence(
+        {},
+        {
+            "neighbours": np.asarray([[0, 3, 3, 1]], dtype=np.float32),
+            "engaged_users": np.log1p(np.asarray([[900, 2, 5, 10_000]], dtype=np.float32)),
+        },
     )
+    [row] = SimilarUsers().score(known)
 
-    assert order(rank(over)) == "a"
-    assert order(rank_popular(over)) == "a"
-
-
-def test_no_active_campaign_means_no_recommendation():
-    assert rank(evidence("", own_intents=(own("a"),))) == []
-    assert rank_popular(evidence("", users={"a": 1})) == []
+    assert list(np.argsort(-row)) == [2, 1, 3, 0]
+    names, shares = SimilarUsers().shares(known)
+    assert names == ["similar_users", "popularity"]
+    assert (shares[0, :, 1] < 1 / 4).all()  # popularity weighs less than one similar user
 
 
-# --- order
+@worlds
+def test_the_recipe_adds_up_whatever_the_evidence(seed: int, users: int, candidates: int):
+    known = evidence(seed, users, candidates)
+
+    check(NAMED_RANKERS["similar_users"], known)
+    order = SimilarUsers().score(known)
+    counts = known.context["neighbours"]
+    for user in range(users):
+        more = counts[user][:, None] > counts[user][None, :]
+        assert (order[user][:, None] > order[user][None, :])[more].all()
 
 
-def test_equal_scores_are_ordered_by_id_however_the_stores_answer():
-    rows = [own(one, "flights") for one in "edcba"]
-    for seed in range(10):
-        shuffled = random.Random(seed).sample(rows, len(rows))
-
-        assert order(rank(evidence("daecb", own_intents=(*shuffled,)))) == "a>b>c>d>e"
-
-
-# --- properties of any evidence
-
-
-def random_evidence(seed: int) -> Evidence:
-    draw = random.Random(seed)
-    known = [f"c{number:02}" for number in range(draw.randint(1, 25))]
-    active = draw.sample(known, draw.randint(0, len(known)))
-    users = [f"u{number}" for number in range(draw.choice([0, 0, 1, 5, 50]))]
-    return Evidence(
-        campaigns=[campaign(one) for one in active],
-        own_intents=[
-            own(
-                draw.choice(known),
-                f"i{number}",
-                count=draw.choice([1, 2, 10, 100_000]),
-                last_seen=NOW - draw.randint(0, 900 * DAY),
-                confidence=draw.uniform(0.01, 1),
-            )
-            for number in range(draw.choice([0, 1, 3, 40]))
-        ],
-        neighbours=[Neighbour(user_id=user, similarity=draw.uniform(0.5, 1)) for user in users],
-        neighbours_campaigns=[
-            engaged(one, user, draw.choice([1, 3, 5000]))
-            for user in users
-            for one in draw.sample(known, draw.randint(0, min(4, len(known))))
-        ],
-        engaged_users={one: draw.choice([0, 1, draw.randint(2, 10**7)]) for one in known if draw.random() < 0.9},
-    )
-
-
-SEEDS = range(400)
-
-
-@pytest.mark.parametrize("ranking", [rank, rank_popular])
-def test_every_score_is_the_sum_of_its_shares_and_lies_between_nothing_and_one(ranking: Any):
-    scores = set()
-    for seed in SEEDS:
-        for one in ranking(random_evidence(seed)):
-            scores.add(one.score)
-            assert 0 <= one.score <= 1
-            assert one.score == pytest.approx(sum(one.shares.values()), abs=1e-9)
-            for source, share in one.shares.items():
-                assert 0 < share <= WEIGHTS[source]
-    assert len(scores) > 20
-
-
-def test_the_weights_leave_room_for_a_full_score_and_put_the_user_first():
-    assert sum(WEIGHTS.values()) == pytest.approx(1)
-    assert WEIGHTS["own_intents"] > WEIGHTS["similar_users"] + WEIGHTS["popularity"]
-    best = evidence("a", own_intents=(own("a"),), neighbours=near(u=0.9), theirs=(engaged("a", "u"),), users={"a": 1})
-    assert rank(best)[0].score == 1
-
-
-@pytest.mark.parametrize("ranking", [rank, rank_popular])
-def test_every_campaign_is_active_appears_once_and_in_order(ranking: Any):
-    for seed in SEEDS:
-        known = random_evidence(seed)
-        ranked = ranking(known)
-        ids = [one.campaign["campaign_id"] for one in ranked]
-
-        assert len(ids) == len(set(ids))
-        assert set(ids) <= {one["campaign_id"] for one in known.campaigns}
-        keys = [(-one.score, one.campaign["campaign_id"]) for one in ranked]
-        assert keys == sorted(keys)
-
-
-def test_the_order_of_the_evidence_does_not_matter():
-    for seed in SEEDS:
-        known = random_evidence(seed)
-        draw = random.Random(seed)
-        shuffled = Evidence(
-            *(
-                draw.sample(rows, len(rows))
-                for rows in (known.campaigns, known.own_intents, known.neighbours, known.neighbours_campaigns)
-            ),
-            engaged_users=dict(draw.sample(list(known.engaged_users.items()), len(known.engaged_users))),
-        )
-
-        assert order(rank(shuffled)) == order(rank(known))
-        assert order(rank_popular(shuffled)) == order(rank_popular(known))
-
-
-def test_more_of_the_same_intent_never_lowers_a_campaign():
-    for seed in SEEDS:
-        known = random_evidence(seed)
-        for row in known.own_intents[:1]:
-            louder = [one | {"count": one["count"] * 3} if one is row else one for one in known.own_intents]
-            more = Evidence(known.campaigns, louder, known.neighbours, known.neighbours_campaigns, known.engaged_users)
-            before, after = (order_of(row["campaign_id"], rank(one)) for one in (known, more))
-
-            assert after <= before
-
-
-def order_of(campaign_id: str, ranked: list[Ranked]) -> int:
-    ids = [one.campaign["campaign_id"] for one in ranked]
-    return ids.index(campaign_id) if campaign_id in ids else len(ids)
-
-
-# --- reasons
-
-
-def test_each_source_is_explained_in_words_the_weightiest_first():
-    midnight = int(datetime(2026, 9, 3, tzinfo=UTC).timestamp() * 1000)
-    known = evidence(
-        "a",
-        own_intents=(
-            own("a", "hotels", count=2, last_seen=midnight - DAY),
-            own("a", "flights", count=5, last_seen=midnight - 1),
-            own("a", "cars", count=2, last_seen=midnight - 9 * DAY),
-            own("b", "films", count=50),
-        ),
-        neighbours=near(u1=0.9, u2=0.8, u3=0.7),
-        theirs=(engaged("a", "u1", 4), engaged("a", "u3"), engaged("b", "u2")),
-        users={"a": 12_345, "b": 1},
-    )
-
-    reasons = explain(rank(known)[0], known)
-
-    assert [(reason.source, reason.text) for reason in reasons] == [
-        ("own_intents", "expressed “Flights” (5×), “Cars” (2×), “Hotels” (2×), last on 2 Sep 2026"),
-        ("similar_users", "2 of 3 similar users engaged with it"),
-        ("popularity", "12,345 users in all engaged with it"),
-    ]
-
-
-@pytest.mark.parametrize("ranking", [rank, rank_popular])
-def test_reasons_tell_of_all_shares_and_of_nothing_else(ranking: Any):
-    for seed in SEEDS:
-        known = random_evidence(seed)
-        for one in ranking(known):
-            reasons = explain(one, known)
-
-            assert {reason.source: reason.share for reason in reasons} == one.shares
-            assert all(reason.text for reason in reasons)
-            weights = [reason.share for reason in reasons]
-            assert weights == sorted(weights, reverse=True)
-            Recommendation(**one.campaign, score=one.score, reasons=reasons)
-
-
-def test_a_score_of_nothing_has_no_reasons():
-    known = evidence("a", users={"a": 0})
-
-    assert explain(rank_popular(known)[0], known) == []
-
-
-def test_a_cosine_below_nothing_is_no_reason_for_a_score_beyond_the_range():
-    ranked = rank(evidence("ab", own_intents=(own("a", confidence=-0.1), own("b", confidence=-0.4))))
-
-    assert all(0 <= one.score <= 1 for one in ranked)
-
-
-def test_every_personal_recommendation_has_a_reason():
-    ranked = rank(evidence("ab", own_intents=(own("a"), own("b", last_seen=NOW - 3 * 365 * DAY))))
-
-    assert all(one.shares for one in ranked)
+def test_rankers_are_told_apart_by_their_versions(learned: LearnedRanker):
+    assert {name: one.version for name, one in NAMED_RANKERS.items()} == {
+        "fusion": "fusion",
+        "similar_users": "similar_users",
+    }
+    assert learned.version not in NAMED_RANKERS
