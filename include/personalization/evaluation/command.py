@@ -1,6 +1,7 @@
 """The command `evaluate`: from files and words to a report."""
 
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
@@ -17,9 +18,8 @@ from personalization.evaluation.dataset import Refused, build_history, load_even
 from personalization.evaluation.pictures import headline, write_report
 from personalization.evaluation.policies import STANDARD, check_policies
 from personalization.evaluation.replay import MIN_ANSWERS, REFERENCE, Plan, Replay, summarise
-from personalization.learning.history import History
 from personalization.learning.training import Task
-from personalization.schemas import DAY_MS, parse_moment
+from personalization.schemas import DAY_MS, ENGAGEMENT_STRENGTH, Catalog, Event, parse_moment
 from personalization.settings import get_settings
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(m|h|d|w)")
@@ -55,10 +55,9 @@ def evaluate_files(
         raise InputError(f"--task {task}: must be one of {', '.join(get_args(Task))}")
     refused = Refused()
     loaded = load_catalog(catalog)
-    history = build_history(
-        load_messages(UPath(messages), refused), load_events(UPath(events), refused), loaded, get_settings()
-    )
-    plan = _plan(history, split_at, every, horizon, until, task)  # type: ignore[arg-type]
+    said, done = load_messages(UPath(messages), refused), load_events(UPath(events), refused)
+    plan = _plan(done, loaded, split_at, every, horizon, until, task)  # type: ignore[arg-type]
+    history = build_history(said, done, loaded, get_settings())
     replay = Replay(history, plan)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("splits", total=len(plan.splits))
@@ -136,12 +135,21 @@ def _interval(one: dict[str, float] | None, sign: str = "") -> str:
 
 
 def _plan(
-    history: History, split_at: str, every: str | None, horizon: str | None, until: str | None, task: Task
+    events: Sequence[Event],
+    catalog: Catalog,
+    split_at: str,
+    every: str | None,
+    horizon: str | None,
+    until: str | None,
+    task: Task,
 ) -> Plan:
-    events = history.signals.at[history.signals.is_event]
-    if not len(events):
+    campaign_ids = {one.id for one in catalog.campaigns}
+    known = [one for one in events if one.campaign_id in campaign_ids]
+    if events and not known:
+        raise InputError("no event is of a campaign of the catalog; is it the right catalog?")
+    last = max((one.timestamp_ms for one in known if one.event in ENGAGEMENT_STRENGTH), default=None)
+    if last is None:
         raise InputError("no click and no conversion among the events: nothing to measure by")
-    last = int(events[-1])
     first = _moment("--split-at", split_at)
     end = _moment("--until", until) if until else last + 1
     if first > last:

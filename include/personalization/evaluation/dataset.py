@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from upath import UPath
 
 from personalization.encoder import get_encoder
-from personalization.errors import InputError
 from personalization.learning.history import (
     CatalogArrays,
     History,
@@ -98,8 +97,6 @@ def build_history(
     events = sorted(
         (one for one in events if one.campaign_id in campaign_ids), key=lambda one: (one.timestamp_ms, one.event_id)
     )
-    if not events:
-        raise InputError("no event is of a campaign of the catalog; is it the right catalog?")
     messages = sorted(messages, key=lambda one: (one.timestamp_ms, one.message_id))
     user_ids = sorted({one.user_id for one in messages} | {one.user_id for one in events})
     place = {user_id: at for at, user_id in enumerate(user_ids)}
