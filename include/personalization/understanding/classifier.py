@@ -15,7 +15,7 @@ express one intent, the message expresses that one as well.
 import io
 import warnings
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -47,8 +47,7 @@ _BAR = 0.3
 _BAR_OF_BEST = 0.6
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """What one message expresses."""
 
     top: list[tuple[str, float]]
@@ -148,7 +147,7 @@ class IntentClassifier:
         if not self.intent_ids or not len(vectors):
             return [Reading([], [], 1.0) for _ in vectors]
         calibration = self._calibration
-        vectors = vectors[:, : self._fit.examples.shape[1]]
+        vectors = np.ascontiguousarray(vectors[:, : self._fit.examples.shape[1]])
         logits = self._fit.logits(vectors)
         scores = calibration.scores(self._fit.evidence(vectors, logits))
         margin = scores - np.quantile(calibration.in_scope, 1 - keep)
