@@ -107,13 +107,15 @@ def _cost(history: History, load_seconds: float) -> list[str]:
     for user in rng.choice(len(history.user_ids), _ANSWERS, replace=False):
         known = snapshot.users(np.asarray([user]))
         started = time.perf_counter()
-        choice.ranker.shares(Evidence.of(snapshot.campaigns, known))
+        evidence = Evidence.of(snapshot.campaigns, known)
+        best = np.argsort(-choice.ranker.score(evidence)[0])[:5]
+        choice.ranker.shares(evidence, best)
         took.append((time.perf_counter() - started) * 1000)
     return [
         (
             f"{len(history.messages.at):,} messages and {len(history.signals.at):,} signals loaded and embedded in "
-            f"{load_seconds:.0f} s; ranker learned in {learning:.0f} s; ranking {len(snapshot.columns)} candidates with "
-            f"all shares takes {np.median(took):.1f} ms (p95 {np.quantile(took, 0.95):.1f})."
+            f"{load_seconds:.0f} s; ranker learned in {learning:.0f} s; ranking {len(snapshot.columns)} candidates "
+            f"and explaining the best five takes {np.median(took):.1f} ms (p95 {np.quantile(took, 0.95):.1f})."
         )
     ]
 

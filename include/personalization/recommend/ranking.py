@@ -17,6 +17,7 @@ from personalization.recommend.sources import (
     Matrix,
     Scores,
     UserKnowledge,
+    Whole,
     score_context,
     score_sources,
 )
@@ -75,8 +76,8 @@ class Ranker(Protocol):
     def score(self, evidence: Evidence) -> Matrix:
         """(B, C) scores from 0 to 1, higher is better."""
 
-    def shares(self, evidence: Evidence) -> tuple[list[Source], Shares]:
-        """What each source gave to each score, (B, C, S); sums over S to the score."""
+    def shares(self, evidence: Evidence, columns: Whole | None = None) -> tuple[list[Source], Shares]:
+        """What each source gave to each score, (B, C, S), of some columns or all; sums over S to the score."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,12 @@ class RankFusion:
         """(B, C) sum of the sources' votes, as a part of the most that is possible."""
         return np.asarray(self.shares(evidence)[1].sum(axis=2), dtype=np.float32)
 
-    def shares(self, evidence: Evidence) -> tuple[list[Source], Shares]:
+    def shares(self, evidence: Evidence, columns: Whole | None = None) -> tuple[list[Source], Shares]:
         """The votes: weight · k / (k + rank - 1), none where the source says nothing."""
         names = list(self.weights)
         total = sum(self.weights.values())
         votes = [self.weights[name] / total * _vote(evidence.sources[name], evidence.ranks[name]) for name in names]
-        return names, np.stack(votes, axis=2).astype(np.float32)
+        return names, _some(np.stack(votes, axis=2).astype(np.float32), columns)
 
 
 DEFAULT_FUSION = RankFusion(
@@ -133,9 +134,9 @@ class LearnedRanker:
         matrix = feature_matrix(evidence, self.features)
         return self._predict(matrix).reshape(matrix.shape[:2]).astype(np.float32)
 
-    def shares(self, evidence: Evidence) -> tuple[list[Source], Shares]:
+    def shares(self, evidence: Evidence, columns: Whole | None = None) -> tuple[list[Source], Shares]:
         """The score, split by what speaks for it: the positive SHAP values (Lundberg and Lee 2017) of the sources."""
-        matrix = feature_matrix(evidence, self.features)
+        matrix = _some(feature_matrix(evidence, self.features), columns)
         flat = self._predict(matrix, pred_contrib=True)
         names = list(dict.fromkeys(source_of(feature) for feature in self.features))
         given = np.stack(
@@ -147,7 +148,8 @@ class LearnedRanker:
         )
         positive = np.maximum(given, 0) + 1e-9
         parts = (positive / positive.sum(axis=1, keepdims=True)).reshape(*matrix.shape[:2], len(names))
-        return names, (parts * self.score(evidence)[:, :, None]).astype(np.float32)
+        scores = self._predict(matrix).reshape(*matrix.shape[:2], 1)
+        return names, (parts * scores).astype(np.float32)
 
     def _predict(self, matrix: Shares, **options: bool) -> np.ndarray[Any, np.dtype[np.float64]]:
         """For each row of features; LightGBM itself takes no matrix without rows."""
@@ -205,6 +207,10 @@ def feature_scores(evidence: Evidence, feature: str) -> Matrix:
     return (evidence.sources if kind == "score" else evidence.ranks)[name]  # type: ignore[index]
 
 
+def _some(shares: Shares, columns: Whole | None) -> Shares:
+    return shares if columns is None else shares[:, columns]
+
+
 def _ahead_of(scores: Matrix) -> Matrix:
     count = scores.shape[1]
     if count < 2:
@@ -231,13 +237,14 @@ class SimilarUsers:
         """(B, C) share of the similar users, and a little for popularity."""
         return np.asarray(self.shares(evidence)[1].sum(axis=2), dtype=np.float32)
 
-    def shares(self, evidence: Evidence) -> tuple[list[Source], Shares]:
+    def shares(self, evidence: Evidence, columns: Whole | None = None) -> tuple[list[Source], Shares]:
         """The count, scaled by the largest; what is left below one user goes to popularity."""
         counts = evidence.context["neighbours"]
         popular = evidence.context["engaged_users"]
         most = counts.max(axis=1, keepdims=True, initial=0) + 1
         tie = popular / (popular.max(axis=1, keepdims=True, initial=0) + 1)
-        return ["similar_users", "popularity"], np.stack([counts / most, tie / most], axis=2).astype(np.float32)
+        shares = np.stack([counts / most, tie / most], axis=2).astype(np.float32)
+        return ["similar_users", "popularity"], _some(shares, columns)
 
 
 NAMED_RANKERS: dict[str, Ranker] = {"fusion": DEFAULT_FUSION, "similar_users": SimilarUsers()}

@@ -104,13 +104,10 @@ class Recommender:
 def decide(known: Known, top: int, now_ms: int, settings: Settings, *, explain: bool) -> Recommendations:
     """Rank, apply the catalog's rules, explore, explain. No store is asked."""
     ranker = _ranker(known, settings)
-    names, shares = ranker.shares(known.evidence)
     catalog = known.served.catalog
     campaigns = [known.served.campaign_of[one] for one in known.campaigns.ids]
     boosts = np.asarray([one.boost for one in campaigns], dtype=np.float32)
-    given = shares[0] * boosts[:, None]
-    scores = given.sum(axis=1)
-    given /= np.maximum(scores, 1)[:, None]  # a boost lifts nothing above certainty
+    scores = ranker.score(known.evidence)[0] * boosts
     soon = [known.served.campaign_of[one] for one in known.served.campaigns.ids]
     held_back = exclusions(soon, known.viewer, now_ms)
     out = {one.campaign_id for one in held_back}
@@ -125,10 +122,14 @@ def decide(known: Known, top: int, now_ms: int, settings: Settings, *, explain: 
         epoch=epoch,
         share=settings.exploration_share,
     )
+    columns = np.asarray([known.column(one) for one in shown], dtype=np.int64)
+    # Only what is shown is split into shares: that costs far more than the scores of all.
+    names, shares = ranker.shares(known.evidence, columns)
+    given = shares[0] * (boosts / np.maximum(scores, 1))[columns, None]  # a boost lifts nothing above certainty
     found = []
     for place, (campaign_id, propensity) in enumerate(zip(shown, propensities, strict=True), start=1):
         campaign = known.served.campaign_of[campaign_id]
-        parts: dict[Source, float] = dict(zip(names, map(float, given[known.column(campaign_id)]), strict=True))
+        parts: dict[Source, float] = dict(zip(names, map(float, given[place - 1]), strict=True))
         told = reasons(known, campaign_id, parts, with_data=explain)
         found.append(
             Recommendation(
