@@ -17,8 +17,10 @@ from personalization.errors import PersonalizationError
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 stack_app = typer.Typer(help="The embedded local stack: stores, Airflow, API and dashboard.", no_args_is_help=True)
 catalog_app = typer.Typer(help="The catalog of intents and campaigns: check it, propose one.", no_args_is_help=True)
+experiment_app = typer.Typer(help="What experiments and exploration say, from the events.", no_args_is_help=True)
 app.add_typer(stack_app, name="stack")
 app.add_typer(catalog_app, name="catalog")
+app.add_typer(experiment_app, name="experiment")
 
 console = Console()
 
@@ -267,6 +269,65 @@ def suggest_catalog(
     typer.echo(
         f"{out}: {len(found.proposals)} intents that hold {found.coverage:.0%} of the messages; it says what next"
     )
+
+
+Since = Annotated[str | None, typer.Option(help="Only events of this moment and later: ISO 8601.")]
+Until = Annotated[str | None, typer.Option(help="Only events of before this moment: ISO 8601.")]
+
+
+@experiment_app.command("report")
+def report_experiment(
+    events: Annotated[
+        Path | None, typer.Option(help="Events: CSV, JSON array or NDJSON, plain or gzipped. The stores' if none.")
+    ] = None,
+    policy_a: Annotated[str | None, typer.Option(help="The control; `learned` for all learned rankers.")] = None,
+    policy_b: Annotated[str | None, typer.Option(help="The policy that is tried.")] = None,
+    share: Annotated[float | None, typer.Option(help="Share of users B was to get. EXPERIMENT_SHARE.")] = None,
+    since: Since = None,
+    until: Until = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Every figure with its interval, as JSON.")] = False,
+) -> None:
+    """Compare two policies, each shown to users of its own: is one better, and is that decided yet?
+
+    Without names: EXPERIMENT_RANKER, or else the two policies with most users. Decide on a day before you look:
+    looking every day until an interval leaves out 0 finds differences that are not there.
+    """
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    from personalization.evaluation.experiments import plain, print_experiment, report
+    from personalization.quality.experiments import Request
+    from personalization.settings import get_settings
+
+    found = report(events, get_settings(), Request(policy_a, policy_b, share), since=since, until=until)
+    if as_json:
+        typer.echo(json.dumps(plain(found), indent=2))
+    else:
+        print_experiment(found, console)
+
+
+@experiment_app.command("compare")
+def compare_policies(
+    events: Annotated[Path, typer.Option(help="Events: CSV, JSON array or NDJSON, plain or gzipped.")],
+    policy: Annotated[str | None, typer.Option(help="Only lists of this policy.")] = None,
+    reward: Annotated[str, typer.Option(help="click or conversion.")] = "click",
+    exploration_share: Annotated[
+        float | None, typer.Option(help="With which the lists were shown. EXPLORATION_SHARE.")
+    ] = None,
+    since: Since = None,
+    until: Until = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Every figure with its interval, as JSON.")] = False,
+) -> None:
+    """At the places that are explored: what would the ranker alone have earned, and what chance alone?"""
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    from personalization.evaluation.experiments import compare_file, plain, print_estimates
+    from personalization.settings import get_settings
+
+    found = compare_file(
+        events, get_settings(), reward=reward, share=exploration_share, policy=policy, since=since, until=until
+    )
+    if as_json:
+        typer.echo(json.dumps(plain(found), indent=2))
+    else:
+        print_estimates(found, reward, console)
 
 
 def main() -> None:

@@ -17,6 +17,10 @@ class TooLittleFeedbackError(PersonalizationError):
     """Too few clicks and conversions to tell one policy from another."""
 
 
+class NoSupportError(PersonalizationError):
+    """The log of one policy says nothing of what another would have earned."""
+
+
 class CatalogError(PersonalizationError):
     """The campaign catalog does not hold together."""
 

@@ -3,24 +3,15 @@
 Tested against `ir-measures` (trec_eval).
 """
 
-from typing import NamedTuple
-
 import numpy as np
 
 from personalization.recommend.sources import Matrix, Vector
+from personalization.resampling import Interval, around, resample
 
 Mask = np.ndarray[tuple[int, int], np.dtype[np.bool_]]
 
 METRICS = ("ndcg@10", "recall@5", "recall@10", "mrr", "hit_rate@10")
 _DEPTH = 10
-
-
-class Interval(NamedTuple):
-    """A mean with its 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 def top_places(scores: Matrix, allowed: Mask) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
@@ -53,13 +44,9 @@ def novelty(shown: np.ndarray[tuple[int, int], np.dtype[np.int64]], popularity: 
 def interval(values: Vector, owners: np.ndarray[tuple[int], np.dtype[np.int64]], draws: int = 1000) -> Interval:
     """Mean of `values` with a percentile bootstrap over their owners (Efron 1979): a user is drawn whole."""
     _, index = np.unique(owners, return_inverse=True)
-    sums, counts = np.bincount(index, values), np.bincount(index)
-    rng = np.random.default_rng(0)
-    # How often each owner is drawn, for every draw at once.
-    times = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=draws)
-    means = times @ sums / (times @ counts)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(float(values.mean()), float(low), float(high))
+    sums = np.stack([np.bincount(index, values), np.bincount(index)], axis=1)
+    drawn = resample(sums, draws=draws)
+    return around(values.mean(), drawn[:, 0] / drawn[:, 1])
 
 
 def calibration_error(probabilities: Vector, outcomes: Vector, bins: int = 10) -> float:
