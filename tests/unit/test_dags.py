@@ -15,7 +15,7 @@ NAMES = sorted(path.stem for path in DAGS.glob("*.py"))
 PIPELINE = "personalization_pipeline"
 AROUND = {"record_lineage", "complete"}  # the tasks that are no stages
 
-HEAVY = {"torch", "sentence_transformers", "pymilvus", "pyarrow", "pymongo", "neo4j"}
+HEAVY = {"torch", "sentence_transformers", "pymilvus", "pyarrow", "pymongo", "neo4j", "lightgbm", "scipy", "sklearn"}
 
 
 @pytest.fixture(scope="module")
@@ -176,11 +176,12 @@ def test_the_pipeline_s_tasks_follow_each_other_as_their_data_and_effects_demand
         "ingest_events": ["detect_intents"],
         "embed_catalog": ["detect_intents"],
         "embed": ["detect_intents", "upsert_vectors"],
-        "upsert_vectors": ["refresh_profiles"],
-        "detect_intents": ["build_graph", "publish", "refresh_profiles", "roll_up_engagement"],
+        "upsert_vectors": ["learn", "refresh_profiles"],
+        "detect_intents": ["build_graph", "learn", "publish", "refresh_profiles", "roll_up_engagement"],
         "build_graph": ["publish"],
         "roll_up_engagement": ["publish"],
         "refresh_profiles": ["publish"],
+        "learn": ["publish"],
         "publish": ["complete"],
         "complete": [],
         "record_lineage": [],
@@ -230,7 +231,7 @@ def test_a_run_with_nothing_new_goes_through_to_its_end(pipeline: Any):
         if upstream_is_mapped and not task.is_mapped and not task.is_teardown:
             assert rules[task.task_id] == "none_failed", task.task_id
     tolerant = {task_id for task_id, rule in rules.items() if rule == "none_failed"}
-    assert tolerant == {"detect_intents", "refresh_profiles", "publish"}
+    assert tolerant == {"detect_intents", "refresh_profiles", "learn", "publish"}
 
 
 def test_lineage_is_recorded_whatever_happens_and_its_failure_fails_the_run(pipeline: Any):

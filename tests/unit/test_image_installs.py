@@ -97,7 +97,18 @@ assert not app.exception, app.exception
 """
 
 
-def test_api_image_starts_without_torch_airflow_or_streamlit(tmp_path: Path):
+RANKING = """
+import numpy as np, lightgbm
+from personalization.recommend.ranking import LearnedRanker, all_features
+features = all_features()
+rows = np.random.default_rng(0).random((200, len(features)))
+model = lightgbm.train({"verbose": -1, "objective": "binary"}, lightgbm.Dataset(rows, rows[:, 0] > 0.5), 3)
+ranker = LearnedRanker.from_json(LearnedRanker(model.model_to_string(), features, "test").to_json())
+assert ranker.booster.predict(rows).shape == (200,)
+"""
+
+
+def test_api_image_starts_and_ranks_without_torch_scikit_learn_airflow_or_streamlit(tmp_path: Path):
     image = Image(API, tmp_path)
 
     installed = image.install()
@@ -105,8 +116,10 @@ def test_api_image_starts_without_torch_airflow_or_streamlit(tmp_path: Path):
 
     assert {"fastapi", "uvicorn", "personalization-platform"} <= installed
     assert not {"torch", "apache-airflow", "apache-airflow-core", "streamlit"} & installed
+    assert not {"scikit-learn", "implicit", "matplotlib", "networkx", "sentence-transformers"} & installed
     module, _, application = image.command[1].partition(":")
     image.run_python(f"from {module} import {application}", import_all(image.app / "services"))
+    image.run_python(RANKING)
 
 
 def test_dashboard_image_starts_without_torch_or_airflow(tmp_path: Path):

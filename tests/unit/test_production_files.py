@@ -224,6 +224,13 @@ class TestCompose:
         assert settings.redis_url.get_secret_value() == "redis://:5ec4e7@redis:6379/0"
         assert settings.cache_ttl_s == SETTINGS["CACHE_TTL_S"].default
 
+    def test_what_ranks_and_what_learns_follow_the_same_settings(self):
+        """What is learned with one half-life and served with another would be skewed."""
+        shared = {"PROFILE_HALF_LIFE_DAYS", "NEIGHBOURS"}
+
+        for name in shared:
+            assert environment("api")[name] == environment("airflow-scheduler")[name]
+
 
 class TestEnvironment:
     @pytest.mark.parametrize("service", SERVICES)
@@ -316,6 +323,16 @@ class TestDockerfiles:
 
         assert len(of_project) == 1
         assert "-c requirements.lock" in of_project[0]
+
+    @pytest.mark.parametrize("dockerfile", DOCKERFILES.values(), ids=DOCKERFILES)
+    def test_openmp_is_there_for_lightgbm_whose_wheel_brings_none(self, dockerfile: Path):
+        """In the stage that runs, as its owner."""
+        stages = re.split(r"^FROM ", dockerfile.read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+        assert "apt-get install --yes --no-install-recommends libgomp1" in stages[-1]
+        assert "rm -rf /var/lib/apt/lists/*" in stages[-1]
+        before = stages[-1].partition("apt-get")[0]
+        assert re.findall(r"^USER (\S+)", before, re.MULTILINE)[-1:] in ([], ["0"])
 
     @pytest.mark.parametrize("name", ["api", "dashboard"])
     def test_serving_images_carry_neither_torch_nor_airflow(self, name: str):

@@ -64,6 +64,10 @@ def check(ranker: Any, known: Evidence) -> None:
     assert ((score >= 0) & (score <= 1 + 1e-6)).all()
     assert (shares >= 0).all()
     np.testing.assert_allclose(shares.sum(axis=2), score, atol=1e-6)
+    some = np.arange(shape[1])[::-2]
+    names_of_some, shares_of_some = ranker.shares(known, some)
+    assert names_of_some == names
+    np.testing.assert_allclose(shares_of_some, shares[:, some], atol=1e-7)
 
 
 # --- ranks
