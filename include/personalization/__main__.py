@@ -1,11 +1,12 @@
 """Conversations in, campaign recommendations out: run the pipeline, manage the embedded local stack."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import structlog
 import typer
@@ -13,6 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from personalization.errors import PersonalizationError
+
+if TYPE_CHECKING:
+    from personalization.settings import Settings
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 stack_app = typer.Typer(help="The embedded local stack: stores, Airflow, API and dashboard.", no_args_is_help=True)
@@ -24,6 +28,13 @@ app.add_typer(experiment_app, name="experiment")
 
 console = Console()
 
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Embedding model; EMBEDDING_MODEL if not given, and where that is not set either, a small one at hand.",
+        show_default=False,
+    ),
+]
 OnlyStores = Annotated[bool, typer.Option("--only-stores", help="Without Airflow, API and dashboard.")]
 
 
@@ -58,6 +69,7 @@ def evaluate(
     task: Annotated[str, typer.Option(help="new: campaigns new to the user; any: all.")] = "new",
     policies: Annotated[str | None, typer.Option(help="Some of them, by comma. All but single ablations.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for a picture, a table and all figures.")] = None,
+    model: Model = None,
     as_json: Annotated[bool, typer.Option("--json", help="Every figure with its interval, as JSON.")] = False,
 ) -> None:
     """Replay anybody's data: what would each policy have shown, and what did users then engage with?
@@ -78,6 +90,7 @@ def evaluate(
         task=task,
         policies=[one.strip() for one in policies.split(",")] if policies else None,
         output=output,
+        settings=_settings_with(model),
     )
     if as_json:
         typer.echo(json.dumps(report, indent=2))
@@ -95,6 +108,7 @@ def classify(
         int | None, typer.Option(min=1, help="Learn from so many examples of each intent, drawn at random.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of that draw.")] = 0,
+    model: Model = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line.")] = False,
 ) -> None:
     """Say which intents the messages of standard input express: NDJSON with `message`, or a JSON string a line.
@@ -102,10 +116,9 @@ def classify(
     Needs no running stack. A line that is no message is reported and left out; the exit status is then 1.
     """
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
-    from personalization.settings import get_settings
     from personalization.understanding.command import MessageReader, intents_at, show
 
-    reader = MessageReader(intents_at(catalog, examples_per_intent, seed), get_settings())
+    reader = MessageReader(intents_at(catalog, examples_per_intent, seed), _settings_with(model))
     refused: list[int] = []
 
     def refuse(line: int, problem: str) -> None:
@@ -219,6 +232,7 @@ def check(
     path: Annotated[Path | None, typer.Argument(help="Folder or file of the catalog; CATALOG_PATH if none.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Warnings fail as well.")] = False,
+    model: Model = None,
 ) -> None:
     """Find what keeps campaigns from users, or messages from their intents.
 
@@ -226,9 +240,8 @@ def check(
     """
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     from personalization.catalog.check import check_folder, show
-    from personalization.settings import get_settings
 
-    settings = get_settings()
+    settings = _settings_with(model)
     report = check_folder(path or settings.catalog_path, settings)
     if as_json:
         typer.echo(report.model_dump_json(indent=2))
@@ -246,6 +259,7 @@ def suggest_catalog(
         typer.Option(min=2, help="Fewest messages of an intent; 10, or 0.25 % if that is more, if not given."),
     ] = None,
     max_intents: Annotated[int, typer.Option(min=1, help="Most intents, largest first.")] = 50,
+    model: Model = None,
 ) -> None:
     """No catalog yet? Propose intents, with examples, out of messages that are alike: a YAML file to edit."""
     if out is not None and out.exists():
@@ -253,10 +267,9 @@ def suggest_catalog(
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     from personalization.encoder import get_encoder
     from personalization.reading import locate
-    from personalization.settings import get_settings
     from personalization.understanding.suggest import read_messages, suggest, to_yaml
 
-    settings = get_settings()
+    settings = _settings_with(model)
     messages = read_messages(locate(path), settings.max_message_chars)
     for reason, count in messages.refused.most_common(5):
         typer.echo(f"{count:,} rows are left out: {reason}", err=True)
@@ -328,6 +341,18 @@ def compare_policies(
         typer.echo(json.dumps(plain(found), indent=2))
     else:
         print_estimates(found, reward, console)
+
+
+def _settings_with(model: str | None) -> "Settings":
+    """The settings with this embedding model, or one that needs no hub where none is set."""
+    from personalization.local.config import PACKAGED_MODEL
+    from personalization.settings import get_settings
+
+    settings = get_settings()
+    if model is None and "embedding_model" not in settings.model_fields_set:
+        package = PACKAGED_MODEL.partition(":")[2]
+        model = PACKAGED_MODEL if importlib.util.find_spec(package) else None
+    return settings.model_copy(update={"embedding_model": model}) if model else settings
 
 
 def main() -> None:

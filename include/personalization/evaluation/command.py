@@ -20,7 +20,7 @@ from personalization.evaluation.policies import STANDARD, check_policies
 from personalization.evaluation.replay import MIN_ANSWERS, REFERENCE, Plan, Replay, summarise
 from personalization.learning.training import Task
 from personalization.schemas import DAY_MS, ENGAGEMENT_STRENGTH, Catalog, Event, parse_moment
-from personalization.settings import get_settings
+from personalization.settings import Settings, get_settings
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(m|h|d|w)")
 _MAX_SPLITS = 400
@@ -43,6 +43,7 @@ def evaluate_files(
     task: str,
     policies: list[str] | None,
     output: Path | None = None,
+    settings: Settings | None = None,
 ) -> dict[str, Any]:
     """Load, replay and summarise; the report is what `--json` prints, and is drawn into the folder `output`.
 
@@ -57,7 +58,7 @@ def evaluate_files(
     loaded = load_catalog(catalog)
     said, done = load_messages(UPath(messages), refused), load_events(UPath(events), refused)
     plan = _plan(done, loaded, split_at, every, horizon, until, task)  # type: ignore[arg-type]
-    history = build_history(said, done, loaded, get_settings())
+    history = build_history(said, done, loaded, settings or get_settings())
     replay = Replay(history, plan)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("splits", total=len(plan.splits))

