@@ -16,6 +16,7 @@ from neo4j import GraphDatabase
 from personalization.local.config import StackConfig
 from personalization.local.stack import Stack
 from personalization.settings import Settings
+from personalization.stores.milvus import GRPC_OPTIONS
 from pydantic import SecretStr
 from pymilvus import MilvusClient
 from pymongo import MongoClient
@@ -90,7 +91,7 @@ def empty_stores(settings: Settings) -> None:
     """Leave nothing in any of the four."""
     with MongoClient(settings.mongodb_uri.get_secret_value()) as mongo:
         mongo.drop_database(settings.mongodb_database)
-    milvus = MilvusClient(uri=settings.milvus_uri)
+    milvus = MilvusClient(uri=settings.milvus_uri, grpc_options=GRPC_OPTIONS)
     for collection in milvus.list_collections():
         for alias in milvus.list_aliases(collection).get("aliases", []):
             milvus.drop_alias(alias)
@@ -109,7 +110,7 @@ class Stores:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.mongo = MongoClient(settings.mongodb_uri.get_secret_value())[settings.mongodb_database]
-        self.milvus = MilvusClient(uri=settings.milvus_uri)
+        self.milvus = MilvusClient(uri=settings.milvus_uri, grpc_options=GRPC_OPTIONS)
         auth = (settings.neo4j_user, settings.neo4j_password.get_secret_value())
         self.driver = GraphDatabase.driver(settings.neo4j_uri, auth=auth)
         self.redis = Redis.from_url(settings.redis_url.get_secret_value())

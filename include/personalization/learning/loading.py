@@ -127,7 +127,7 @@ def _read_vectors(vectors: VectorStore, collection: str, said: list[_Said], widt
             matrix[at] = row["embedding"][:width]
             found[at] = True
     if missing := len(said) - int(found.sum()):
-        log.warning(f"{missing:,} messages have no vector and are left out; the next run of the pipeline mends that")
+        log.warning(f"{missing:,} messages have no vector and are left out")
         matrix = matrix[found]
     return Messages(
         user=np.asarray([one.user for one in said], dtype=np.int64)[found],
