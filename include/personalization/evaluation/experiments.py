@@ -20,6 +20,7 @@ from personalization.settings import Settings
 from personalization.stores.analytics import open_read_only
 
 _LATEST = 2**62
+_WIDTH = 110
 _COUNTS = ("users", "impressions", "clicks", "conversions")
 
 log = structlog.get_logger(__name__)
@@ -126,9 +127,10 @@ def print_estimates(found: dict[TargetName, Estimates], reward: str, console: Co
 
 
 def _print_table(console: Console, header: list[str], rows: list[list[str]]) -> None:
+    console.width = max(console.width, _WIDTH)  # wrapped by a narrower terminal, not cut off here
     table = Table(box=None, padding=(0, 2, 0, 0))
     for at, name in enumerate(header):
-        table.add_column(name, justify="right" if at else "left")
+        table.add_column(name, justify="right" if at else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console.print(table, "")
