@@ -16,7 +16,6 @@ from personalization.evaluation.policies import ABLATIONS, BASELINES, FUSIONS, T
 from personalization.learning.history import History
 from personalization.learning.metrics import (
     METRICS,
-    Interval,
     calibration_error,
     interval,
     novelty,
@@ -26,6 +25,7 @@ from personalization.learning.metrics import (
 from personalization.learning.training import Example, Task, choose_ranker, fit_ranker, past_moments, take_examples
 from personalization.recommend.ranking import LearnedRanker, Ranker, all_features
 from personalization.recommend.sources import Matrix, Vector, Whole
+from personalization.resampling import Interval
 from personalization.schemas import DAY_MS
 
 REFERENCE = "shipped"
