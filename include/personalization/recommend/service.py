@@ -108,8 +108,9 @@ def decide(known: Known, top: int, now_ms: int, settings: Settings, *, explain: 
     campaigns = [known.served.campaign_of[one] for one in known.campaigns.ids]
     boosts = np.asarray([one.boost for one in campaigns], dtype=np.float32)
     scores = ranker.score(known.evidence)[0] * boosts
-    soon = [known.served.campaign_of[one] for one in known.served.campaigns.ids]
-    held_back = exclusions(soon, known.viewer, now_ms)
+    # Who asks why is told of those that ended, too.
+    asked = catalog.campaigns if explain else campaigns
+    held_back = exclusions(asked, known.viewer, now_ms)
     out = {one.campaign_id for one in held_back}
     order = sorted(range(len(campaigns)), key=lambda at: (-scores[at], campaigns[at].id))
     ranked = [campaigns[at] for at in order if campaigns[at].id not in out]
