@@ -239,30 +239,26 @@ def test_what_was_said_before_is_found_among_millions_of_users():
 
 
 def test_signals_fade_by_half_in_a_half_life():
-    one = replace(history(0), signals=signals_of_events([(2, 3, "click", NOW - 30 * DAY_MS, None)]))
+    one = replace(history(0), signals=signals_of_events([(2, 3, "click", NOW - 30 * DAY_MS)]))
 
     assert one.engaged(NOW)[2, 3] == pytest.approx(0.5)
     assert replace(one, half_life_days=15.0).engaged(NOW)[2, 3] == pytest.approx(0.25)
     assert one.engaged(NOW - 30 * DAY_MS)[2, 3] == pytest.approx(1)
 
 
-def test_only_clicks_and_conversions_are_engagement_and_know_where_they_were_shown():
+def test_only_clicks_and_conversions_are_engagement():
     events = [
-        (0, 1, "impression", 1, 4),
-        (0, 1, "click", 2, None),
-        (0, 1, "click", 3, 2),
-        (0, 2, "click", 4, None),
-        (1, 1, "conversion", 5, None),
-        (0, 1, "dismiss", 6, 1),
-        (0, 1, "impression", 7, None),
-        (0, 1, "conversion", 8, None),
+        (0, 1, "impression", 1),
+        (0, 1, "click", 2),
+        (0, 2, "click", 4),
+        (1, 1, "conversion", 5),
+        (0, 1, "dismiss", 6),
     ]
 
     signals = signals_of_events(events)
 
-    assert signals.at.tolist() == [2, 3, 4, 5, 8]
-    assert signals.position.tolist() == [4, 2, 0, 0, 4]
-    assert signals.strength.tolist() == [1, 1, 1, 2, 2]
+    assert signals.at.tolist() == [2, 4, 5]
+    assert signals.strength.tolist() == [1, 1, 2]
     assert signals.is_event.all()
 
 

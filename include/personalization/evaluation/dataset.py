@@ -116,7 +116,7 @@ def build_history(
     classifier = IntentClassifier.fit([intent_id for intent_id, _ in examples], utterances) if examples else None
     intents = _classify(said, classifier, arrays.intent_ids, settings.intent_keep)
     engaged = signals_of_events(
-        (place[one.user_id], campaign_ids[one.campaign_id], one.event, one.timestamp_ms, one.position) for one in events
+        (place[one.user_id], campaign_ids[one.campaign_id], one.event, one.timestamp_ms) for one in events
     )
     return History(
         user_ids,

@@ -73,8 +73,6 @@ class Signals:
     strength: Vector
     is_event: np.ndarray[tuple[int], np.dtype[np.bool_]]
     """False for what is only inferred from a message."""
-    position: Whole
-    """Place at which the campaign had been shown, 0 where that is unknown."""
 
 
 @dataclass(frozen=True)
@@ -356,31 +354,22 @@ def unit(vectors: Matrix) -> Matrix:
     return np.asarray(vectors / np.maximum(lengths, 1e-9), dtype=np.float32)
 
 
-def signals_of_events(events: Iterable[tuple[int, int, str, int, int | None]]) -> Signals:
-    """Clicks and conversions, each with the place at which the campaign had last been shown to the user.
-
-    Events are (user, campaign, kind, epoch milliseconds, position), by time. One pass; memory for the clicks,
-    the conversions and the pairs of user and campaign that were shown.
-    """
-    shown: dict[tuple[int, int], int] = {}
-    users, campaigns, times, positions = (array("q") for _ in range(4))
+def signals_of_events(events: Iterable[tuple[int, int, str, int]]) -> Signals:
+    """The clicks and conversions of events (user, campaign, kind, epoch milliseconds), which come by time. One pass."""
+    users, campaigns, times = (array("q") for _ in range(3))
     strength = array("f")
-    for user, campaign, kind, at, position in events:
-        if kind == "impression" and position:
-            shown[user, campaign] = position
-        elif kind in ENGAGEMENT_STRENGTH:
+    for user, campaign, kind, at in events:
+        if kind in ENGAGEMENT_STRENGTH:
             users.append(user)
             campaigns.append(campaign)
             times.append(at)
             strength.append(ENGAGEMENT_STRENGTH[kind])
-            positions.append(position or shown.get((user, campaign), 0))
     return Signals(
         user=np.array(users, dtype=np.int64),
         campaign=np.array(campaigns, dtype=np.int64),
         at=np.array(times, dtype=np.int64),
         strength=np.array(strength, dtype=np.float32),
         is_event=np.ones(len(times), dtype=bool),
-        position=np.array(positions, dtype=np.int64),
     )
 
 
@@ -410,7 +399,6 @@ def signals_of_messages(intents: Intents, catalog: CatalogArrays) -> Signals:
         at=at[runs],
         strength=np.full(count, ENGAGEMENT_STRENGTH["mention"], dtype=np.float32),
         is_event=np.zeros(count, dtype=bool),
-        position=np.zeros(count, dtype=np.int64),
     )
 
 

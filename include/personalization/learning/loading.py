@@ -104,16 +104,14 @@ def _read_expressions(
 
 def _read_events(
     analytics: AnalyticsStore, users: dict[str, int], campaign_ids: list[str]
-) -> Iterator[tuple[int, int, str, int, int | None]]:
+) -> Iterator[tuple[int, int, str, int]]:
     """Events of the catalog's campaigns. New users are added."""
     places = {campaign_id: at for at, campaign_id in enumerate(campaign_ids)}
     for rows in analytics.interactions(*_ALWAYS):
-        named = zip(
-            rows["user_id"], rows["campaign_id"], rows["event"], rows["timestamp"], rows["position"], strict=True
-        )
-        for user_id, campaign_id, kind, at, position in named:
+        named = zip(rows["user_id"], rows["campaign_id"], rows["event"], rows["timestamp"], strict=True)
+        for user_id, campaign_id, kind, at in named:
             if campaign_id in places:
-                yield users.setdefault(user_id, len(users)), places[campaign_id], kind, at, position
+                yield users.setdefault(user_id, len(users)), places[campaign_id], kind, at
 
 
 def _read_vectors(vectors: VectorStore, collection: str, said: list[_Said], width: int) -> Messages:
