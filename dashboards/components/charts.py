@@ -224,11 +224,11 @@ def policies(results: Sequence[PolicyResult]) -> go.Figure:
 
 def segments(cold: Sequence[PolicyResult], warm: Sequence[PolicyResult]) -> go.Figure:
     """What each policy reached for users of whom next to nothing was known, and for the others."""
-    answers = [f"{results[0].answers:,} answers" if results else "none" for results in (cold, warm)]
-    figure = _beside(f"Cold: {answers[0]}", f"Warm: {answers[1]}")
-    for column, results in enumerate((cold, warm), start=1):
+    shown = [(name, results) for name, results in (("Cold", cold), ("Warm", warm)) if results]
+    figure = _beside(*(f"{name}: {results[0].answers:,} answers" for name, results in shown))
+    for column, (_, results) in enumerate(shown, start=1):
         _intervals(figure, [(one, one.mean, one.low, one.high) for one in results], column)
-    return _of_policies(figure, warm or cold)
+    return _of_policies(figure, shown[-1][1])
 
 
 def evaluations(points: Sequence[EvaluationPoint]) -> go.Figure:
@@ -256,8 +256,8 @@ def evaluations(points: Sequence[EvaluationPoint]) -> go.Figure:
     return _finished(figure, height=320)
 
 
-def _beside(left: str, right: str) -> go.Figure:
-    return make_subplots(cols=2, shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=(left, right))
+def _beside(*titles: str) -> go.Figure:
+    return make_subplots(cols=len(titles), shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=titles)
 
 
 def _intervals(

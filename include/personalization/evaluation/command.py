@@ -116,7 +116,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         rows = [[policy, *(f"{entry[name]:.4f}" for name in names)] for policy, entry in calibrated]
         _print_table(console, ["policy", *(name.replace("_", " ") for name in names)], rows)
     if report["answers"] < MIN_ANSWERS:
-        console.print(f"Fewer than {MIN_ANSWERS} answers: the order of the policies is chance.", highlight=False)
+        console.print(f"Fewer than {MIN_ANSWERS} answers say little about the order of the policies.", highlight=False)
 
 
 def _print_table(console: Console, header: list[str], rows: list[list[str]]) -> None:
