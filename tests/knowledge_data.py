@@ -121,7 +121,7 @@ def some_history(
         user = int(rng.integers(users))
         campaign = int(rng.choice([taste[user], rng.integers(campaigns)])) % campaigns
         kind = str(rng.choice(["impression", "click", "conversion", "dismiss"], p=[0.2, 0.5, 0.2, 0.1]))
-        happened.append((user, campaign, kind, at, int(rng.integers(1, 6))))
+        happened.append((user, campaign, kind, at))
     return History(
         [f"u{at}" for at in range(users)],
         arrays,

@@ -198,7 +198,7 @@ def test_a_user_is_never_their_own_neighbour():
     said = Messages(np.arange(3), np.full(3, NOW - DAY_MS), unit(np.ones((3, 3))))
     nothing = np.zeros(0, dtype=np.int64)
     intents = Intents(nothing, nothing, nothing, nothing.astype(np.float32), nothing)
-    clicks = signals_of_events((user, user, "click", NOW - 1, None) for user in range(3))
+    clicks = signals_of_events((user, user, "click", NOW - 1) for user in range(3))
 
     known = take_snapshot(History(["x", "y", "z"], arrays, said, intents, clicks), NOW).users(np.arange(3))
 
@@ -222,7 +222,7 @@ def test_what_was_said_before_is_the_latest_within_a_week():
     ]
     past = history(0)
     for user, at, expected in asked:
-        clicks = signals_of_events([(user, 0, "click", at, None)])
+        clicks = signals_of_events([(user, 0, "click", at)])
         assert replace(past, messages=messages, signals=clicks).said_before.tolist() == [expected]
         none = Messages(*(column[:0] for column in vars(messages).values()))
         assert replace(past, messages=none, signals=clicks).said_before.tolist() == [-1]
@@ -230,7 +230,7 @@ def test_what_was_said_before_is_the_latest_within_a_week():
 
 def test_what_was_said_before_is_found_among_millions_of_users():
     messages = Messages(np.asarray([10_000_000]), np.asarray([NOW - 5]), np.ones((1, 2), dtype=np.float32))
-    clicks = signals_of_events([(10_000_000, 0, "click", NOW, None), (9_999_999, 0, "click", NOW, None)])
+    clicks = signals_of_events([(10_000_000, 0, "click", NOW), (9_999_999, 0, "click", NOW)])
 
     assert replace(history(0), messages=messages, signals=clicks).said_before.tolist() == [0, -1]
 
@@ -285,7 +285,7 @@ def test_a_message_speaks_once_to_a_campaign_however_many_of_its_intents_it_expr
     assert pairs == [(7, 0), (7, 0), (7, 1), (7, 1), (8, 0)]
     assert set(found.strength.tolist()) == {0.25}
     assert not found.is_event.any()
-    assert in_order(found, signals_of_events([(1, 1, "click", NOW - 1, None)])).at.tolist() == [NOW - 1, *[NOW] * 5]
+    assert in_order(found, signals_of_events([(1, 1, "click", NOW - 1)])).at.tolist() == [NOW - 1, *[NOW] * 5]
 
 
 # --- interests

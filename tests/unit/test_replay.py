@@ -70,7 +70,7 @@ def world(weeks: int = 11, intents: int = INTENTS) -> History:
         running = np.flatnonzero((arrays.active_from <= at) & (at < arrays.active_until))
         liked = running[running % INTENTS == taste[user]]
         campaign = int(rng.choice(liked if rng.random() < 0.8 else running))
-        events.append((user, campaign, str(rng.choice(["impression", "click", "click", "conversion"])), at, 1))
+        events.append((user, campaign, str(rng.choice(["impression", "click", "click", "conversion"])), at))
     return History(
         [f"u{at:03d}" for at in range(USERS)],
         arrays,
@@ -101,7 +101,7 @@ def plant(history: History, at: int, *, later_user: bool = True) -> History:
         confidence=np.concatenate([understood.confidence, np.ones(len(users), dtype=np.float32)]),
         message=np.arange(len(understood.at) + len(users)),
     )
-    events = [(int(user), int(user) % CAMPAIGNS, kind, at, 1) for user in users for kind in ("click", "conversion")]
+    events = [(int(user), int(user) % CAMPAIGNS, kind, at) for user in users for kind in ("click", "conversion")]
     return History(
         [*history.user_ids, "u999"] if later_user else history.user_ids,
         history.catalog,
