@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,7 @@ class Stores:
             "quarantine": self.mongo.quarantine.count_documents({}),
             "vectors": self.vectors("messages"),
             "profiles": self.vectors("users"),
+            "interests": self.vectors("interests"),
             "nodes": self.cypher("MATCH (n) RETURN count(n)"),
             "edges": self.cypher("MATCH ()-[r]->() RETURN count(r)"),
             "expressed": self.cypher("MATCH ()-[e:EXPRESSED]->() RETURN sum(e.count)"),
@@ -169,6 +171,18 @@ def stage(summary: Any, name: str) -> dict[str, Any]:
 
 def write_rows(path: Path, rows: list[Any]) -> Path:
     path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def with_quiet_user(folder: Path) -> Path:
+    """The sample's events, and those of `quiet`, who never said anything: a click, and a dismissal of yesterday."""
+    yesterday = datetime.now(UTC) - timedelta(days=1)
+    quiet = [
+        "q-1,quiet,cinema_two_for_one,click,2026-11-01T09:00:00Z,,",
+        f"q-2,quiet,streaming_free_month,dismiss,{yesterday.isoformat()},,",
+    ]
+    path = folder / "events.csv"
+    path.write_text(SAMPLE_EVENTS.read_text() + "\n".join([*quiet, ""]))
     return path
 
 

@@ -104,6 +104,7 @@ def test_the_demo_shows_every_task_the_recommendations_and_the_three_addresses(
         "embed [0]",
         "upsert_vectors [0]",
         "build_graph [0]",
+        "learn",
         "publish",
         "record_lineage",
     ):

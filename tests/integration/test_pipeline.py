@@ -10,6 +10,7 @@ from conftest import SAMPLE, Stores, empty_stores, free_ports, kill_after, stage
 from personalization.pipeline.ingest import ingest
 from personalization.pipeline.lineage import STAGES, reported
 from personalization.pipeline.run import run_pipeline
+from personalization.schemas import INTERESTS_PER_USER
 from personalization.settings import Settings
 from personalization.staging import Staging
 from personalization.stores.mongo import MongoStore
@@ -35,6 +36,9 @@ def test_the_sample_reaches_every_store(settings: Settings, stores: Stores) -> N
     lineage = dict(stores.sql("SELECT stage, status FROM pipeline_runs"))
     assert set(lineage.values()) == {"success"}
     assert set(lineage) == set(STAGES)
+    assert stage(summary, "learn")["details"]["messages"] == len(rows)
+    assert stores.sql("SELECT count(*) FROM served") == [(1,)]
+    assert len(users) <= stores.vectors("interests") <= len(users) * INTERESTS_PER_USER
 
 
 def test_the_same_file_again_changes_nothing_and_says_so(settings: Settings, stores: Stores) -> None:
@@ -46,6 +50,7 @@ def test_the_same_file_again_changes_nothing_and_says_so(settings: Settings, sto
     assert stores.snapshot() == before
     assert stage(again, "ingest")["skipped"] == before["messages"]
     assert stage(again, "embed")["status"] == "skipped"
+    assert stage(again, "learn")["details"] == {"nothing_new": True}
     assert stage(again, "publish")["details"]["nothing_new"] is True
 
 
@@ -340,7 +345,9 @@ def test_a_catalog_that_failed_halfway_leaves_no_trace_after_the_next_run(
     assert after == before
 
 
-@pytest.mark.parametrize("last_words", ["ingest success", "upsert_vectors success", "detect_intents success"])
+@pytest.mark.parametrize(
+    "last_words", ["ingest success", "upsert_vectors success", "detect_intents success", "learn success"]
+)
 def test_a_run_that_is_killed_is_healed_by_the_next(
     last_words: str, settings: Settings, stores: Stores, tmp_path: Path
 ) -> None:

@@ -250,7 +250,7 @@ def test_the_order_is_that_of_the_scores_then_of_the_ids():
         assert [score for score, _ in keys] == sorted(score for score, _ in keys)
     nothing = some_known(0, 5, silent=True)
     for matrix in nothing.evidence.sources.values():
-        matrix.flags.writeable = True
+        matrix.setflags(write=True)
         matrix[:] = 0
     assert [one.campaign_id for one in answer(nothing).recommendations] == ["c0", "c1", "c2", "c3", "c4"]
 
