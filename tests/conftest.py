@@ -13,6 +13,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+import structlog
 from neo4j import GraphDatabase
 from personalization.local.config import StackConfig
 from personalization.local.stack import Stack
@@ -50,6 +51,13 @@ def stack_config(folder: Path) -> StackConfig:
     names = ("mongodb", "milvus", "neo4j", "redis", "airflow", "api", "dashboard")
     ports = {f"{name}_port": port for name, port in zip(names, free_ports(len(names)), strict=True)}
     return StackConfig(local_stack_dir=folder, **ports)
+
+
+@pytest.fixture(autouse=True)
+def own_log() -> Iterator[None]:
+    """A command that a test runs sends the log to its own standard error, which is closed with it."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")
