@@ -10,7 +10,7 @@ from scipy import sparse
 from personalization.errors import InputError
 from personalization.learning.history import History
 from personalization.learning.training import Example
-from personalization.recommend.ranking import DEFAULT_FUSION, RankFusion
+from personalization.recommend.ranking import FUSIONS, RankFusion
 from personalization.recommend.sources import GRAPH_SOURCES, SOURCES, TEXT_SOURCES, Matrix, log_strength
 from personalization.schemas import Source
 
@@ -130,9 +130,7 @@ class Trained:
     gated: bool = False
 
 
-FUSIONS: dict[str, RankFusion] = {
-    "fusion": DEFAULT_FUSION,
-}
+FUSED: dict[str, RankFusion] = {one.version: one for one in FUSIONS}
 TRAINED: dict[str, Trained] = {
     "shipped": Trained(gated=True),
     "learned": Trained(),
@@ -142,7 +140,7 @@ TRAINED: dict[str, Trained] = {
 ABLATIONS: dict[str, Trained] = {f"learned_without_{source}": Trained(frozenset({source})) for source in SOURCES}
 STANDARD: tuple[str, ...] = (
     "shipped",
-    "fusion",
+    *FUSED,
     "learned",
     "learned_without_text",
     "learned_without_graph",

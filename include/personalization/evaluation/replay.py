@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import structlog
 
-from personalization.evaluation.policies import ABLATIONS, BASELINES, FUSIONS, TRAINED, Moment, Trained
+from personalization.evaluation.policies import ABLATIONS, BASELINES, FUSED, TRAINED, Moment, Trained
 from personalization.learning.history import History
 from personalization.learning.metrics import (
     METRICS,
@@ -111,8 +111,8 @@ class Replay:
                 outcome.outcomes.append(example.truth[example.allowed].astype(float))
 
     def _ranker(self, name: str, past: list[Example], moment: int) -> Ranker | None:
-        if name in FUSIONS:
-            return FUSIONS[name]
+        if name in FUSED:
+            return FUSED[name]
         trained = TRAINED.get(name) or ABLATIONS.get(name)
         if trained is None:
             return None
@@ -127,7 +127,7 @@ class Replay:
             return chosen
         if not trained.without and isinstance(known := self._fitted.get((moment, REFERENCE)), LearnedRanker):
             return known  # fitted to the same examples
-        return fit_ranker(past, all_features(trained.without)) or FUSIONS["fusion"]
+        return fit_ranker(past, all_features(trained.without)) or FUSED["fusion"]
 
     def _past(self, split: int) -> list[Example]:
         """Examples whose horizon ends by the split, oldest first. Those that no later split needs are forgotten."""

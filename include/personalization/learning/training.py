@@ -14,9 +14,11 @@ from personalization.learning.history import History, take_snapshot
 from personalization.learning.metrics import Mask, user_metrics
 from personalization.recommend.ranking import (
     DEFAULT_FUSION,
+    FUSIONS,
     Evidence,
     LearnedRanker,
     Ranker,
+    RankFusion,
     all_features,
     feature_scores,
     monotone,
@@ -32,9 +34,12 @@ MOMENTS_HALF_LIFE = 4.0
 LEAST_MOMENTS = 6
 """A horizon is cut so that so many lie in the history."""
 USERS_AT_ONCE = 1000
+MIN_ANSWERS = 30
+"""Fewest users who engaged to choose a rank fusion by."""
 MIN_POSITIVES = 200
 """Fewest engagements to learn from."""
 _NEGATIVES = 60
+_SURE = 1.28  # standard errors: 90 %, one-sided
 _TREES = 150
 _PARAMETERS = {
     "objective": "binary",
@@ -175,36 +180,44 @@ def _rows(
 class Choice:
     """The ranker that may serve, and why."""
 
-    ranker: Ranker
+    ranker: LearnedRanker | RankFusion
     reason: str
+    fusion: RankFusion = DEFAULT_FUSION
+    """The rank fusion that did best."""
     gain: float | None = None
-    """Mean NDCG@10 by which the learned ranker beat rank fusion on the newest examples it had not seen."""
+    """Mean NDCG@10 by which the learned ranker beat it on the newest examples, which it had not seen."""
 
 
 def choose_ranker(examples: Sequence[Example]) -> Choice:
-    """The learned ranker if it beats rank fusion on examples it was not fitted to, else rank fusion.
+    """The learned ranker if it surely beats rank fusion on examples it was not fitted to, else the better rank fusion.
 
     Fits twice: without the newest quarter of the examples, to judge; then with all, to serve.
     """
     examples = [one for one in examples if len(one.users)]
+    fusion = _best_fusion(examples)
     held_out = max(1, len(examples) // 4)
     judged = fit_ranker(examples[:-held_out])
     if judged is None:
-        return Choice(DEFAULT_FUSION, "too little feedback to learn from")
-    gains = np.concatenate(
-        [
-            _ndcg(judged.score(one.evidence), one) - _ndcg(DEFAULT_FUSION.score(one.evidence), one)
-            for one in examples[-held_out:]
-        ]
-    )
+        return Choice(fusion, "too little feedback to learn from", fusion)
+    newest = examples[-held_out:]
+    gains = _ndcg(judged, newest) - _ndcg(fusion, newest)
     gain = float(gains.mean())
-    if gain <= 0:
-        return Choice(DEFAULT_FUSION, "the learned ranker is not ahead of rank fusion", gain)
-    ranker = fit_ranker(examples)
+    is_ahead = gain > _SURE * float(gains.std()) / np.sqrt(len(gains))
+    ranker = fit_ranker(examples) if is_ahead else None
     if ranker is None:
-        return Choice(DEFAULT_FUSION, "too little feedback to learn from")
-    return Choice(ranker, "the learned ranker is ahead of rank fusion", gain)
+        return Choice(fusion, "the learned ranker is not surely ahead of rank fusion", fusion, gain)
+    return Choice(ranker, "the learned ranker is ahead of rank fusion", fusion, gain)
 
 
-def _ndcg(scores: Matrix, example: Example) -> Vector:
-    return user_metrics(scores, example.allowed, example.truth)["ndcg@10"]
+def _best_fusion(examples: Sequence[Example]) -> RankFusion:
+    """By NDCG@10 on all examples, as none is fitted to them; the first where too few can tell."""
+    if sum(len(one.users) for one in examples) < MIN_ANSWERS:
+        return FUSIONS[0]
+    return max(FUSIONS, key=lambda one: float(_ndcg(one, examples).mean()))
+
+
+def _ndcg(ranker: Ranker, examples: Sequence[Example]) -> Vector:
+    """(users of all examples,)."""
+    return np.concatenate(
+        [user_metrics(ranker.score(one.evidence), one.allowed, one.truth)["ndcg@10"] for one in examples]
+    )

@@ -64,7 +64,7 @@ def learn(
     snapshot = take_snapshot(history, now_ms, upcoming_ms=UPCOMING_MS)
     choice = choose_ranker(past_examples(history, now_ms, HORIZON_MS, "any"))
     learned = choice.ranker if isinstance(choice.ranker, LearnedRanker) else None
-    content = ServedKnowledge(catalog, snapshot.campaigns, learned).to_bytes()
+    content = ServedKnowledge(catalog, snapshot.campaigns, learned, choice.fusion.version).to_bytes()
     write_atomically(staging.root / SERVED_FILE, content)
     report.rows_in = len(history.signals.at)
     report.rows_out = len(snapshot.campaigns.ids)

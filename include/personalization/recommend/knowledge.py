@@ -8,7 +8,7 @@ from typing import Self
 
 import numpy as np
 
-from personalization.recommend.ranking import LearnedRanker
+from personalization.recommend.ranking import DEFAULT_FUSION, LearnedRanker
 from personalization.recommend.sources import CampaignKnowledge
 from personalization.schemas import Campaign, Catalog
 
@@ -25,6 +25,8 @@ class ServedKnowledge:
     campaigns: CampaignKnowledge
     learned: LearnedRanker | None
     """None while there is too little feedback, or where rank fusion is better."""
+    fusion: str = DEFAULT_FUSION.version
+    """The rank fusion that serves then."""
     _running: dict[bytes, CampaignKnowledge] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def running(self, now_ms: int) -> CampaignKnowledge:
@@ -52,6 +54,7 @@ class ServedKnowledge:
         words = {
             "catalog": self.catalog.model_dump_json(),
             "ranker": self.learned.to_json() if self.learned else "",
+            "fusion": self.fusion,
             "ids": json.dumps(self.campaigns.ids),
             "intent_ids": json.dumps(self.campaigns.intent_ids),
             "engaged_ids": json.dumps(self.campaigns.engaged_ids),
@@ -76,4 +79,5 @@ class ServedKnowledge:
                 Catalog.model_validate_json(str(stored["catalog"])),
                 campaigns,
                 LearnedRanker.from_json(ranker) if ranker else None,
+                str(stored["fusion"]),
             )

@@ -114,6 +114,12 @@ DEFAULT_FUSION = RankFusion(
 )
 """Twice the weight to what is the user's own, and to popularity, which is hard to beat without feedback."""
 
+POPULAR_FUSION = RankFusion({**dict.fromkeys(SOURCES, 1.0), "popularity": 8.0}, version="fusion_popular")
+"""For where tastes are much alike, or little is known of each user."""
+
+FUSIONS = (DEFAULT_FUSION, POPULAR_FUSION)
+"""What serves without a learned ranker: the one that did best, the first where there is nothing to tell by."""
+
 
 @dataclass(frozen=True)
 class LearnedRanker:
@@ -247,5 +253,5 @@ class SimilarUsers:
         return ["similar_users", "popularity"], _some(shares, columns)
 
 
-NAMED_RANKERS: dict[str, Ranker] = {"fusion": DEFAULT_FUSION, "similar_users": SimilarUsers()}
+NAMED_RANKERS: dict[str, Ranker] = {one.version: one for one in (*FUSIONS, SimilarUsers())}
 """Rankers that need no training, by the name that selects them."""

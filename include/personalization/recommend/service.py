@@ -159,5 +159,5 @@ def _ranker(known: Known, settings: Settings) -> Ranker:
     if settings.experiment_ranker and arm(known.viewer.user_id, settings.experiment_name, settings.experiment_share):
         name = settings.experiment_ranker
     if name == "auto":
-        return known.served.learned or NAMED_RANKERS["fusion"]
+        return known.served.learned or NAMED_RANKERS[known.served.fusion]
     return NAMED_RANKERS[name]
