@@ -29,6 +29,7 @@ _PARSED_TIMEOUT_S = 120
 _POLL_S = 1.0
 _PAGE = 100
 _USERS_SHOWN = 3
+_REASONS_SHOWN = 4
 _ROWS_LOOKED_AT = 2000
 _ENDED_WELL = {"success", "skipped"}
 _MARKS = {
@@ -161,7 +162,7 @@ def _show_recommendations(config: StackConfig, source: UPath, console: Console) 
             console.print(f"\n[bold]{escape(user_id)}[/] [dim]({answer['strategy']})[/]")
             for place, one in enumerate(answer["recommendations"], start=1):
                 console.print(f"  {place}. [bold cyan]{escape(one['name'])}[/]  {one['score']:.2f}")
-                for reason in one["reasons"]:
+                for reason in one["reasons"][:_REASONS_SHOWN]:  # the weightiest; the API has all
                     console.print(
                         f"       {reason['share']:.2f}  {escape(reason['text'])}",
                         highlight=False,
