@@ -168,7 +168,8 @@ def test_fusion_adds_up_whatever_the_evidence(seed: int, users: int, candidates:
     known = evidence(seed, users, candidates)
     drawn = np.random.default_rng(seed).exponential(1, len(SOURCES))
 
-    check(DEFAULT_FUSION, known)
+    for ranker in NAMED_RANKERS.values():
+        check(ranker, known)
     check(RankFusion(dict(zip(SOURCES, drawn, strict=True))), known)
 
 
@@ -299,8 +300,6 @@ def test_the_recipe_adds_up_whatever_the_evidence(seed: int, users: int, candida
 
 
 def test_rankers_are_told_apart_by_their_versions(learned: LearnedRanker):
-    assert {name: one.version for name, one in NAMED_RANKERS.items()} == {
-        "fusion": "fusion",
-        "similar_users": "similar_users",
-    }
+    assert {"fusion", "similar_users"} <= set(NAMED_RANKERS)
+    assert all(one.version == name for name, one in NAMED_RANKERS.items())
     assert learned.version not in NAMED_RANKERS
