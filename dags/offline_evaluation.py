@@ -10,7 +10,7 @@ their intervals, are in the table `evaluations` and on the dashboard's page *Eva
   `{"weeks": 8, "policies": ["shipped", "popularity"]}`.
 
 Skipped where there are too few clicks and conversions to tell one policy from another; the task's log says
-how many. It reads the stores and writes `evaluations` alone, so it may run beside the pipeline; a repeated run
+how many. Of the data it writes `evaluations` alone, so it may run beside the pipeline; a repeated run
 sets its rows anew.
 """
 
@@ -30,7 +30,7 @@ DEFAULT_ARGS = {
 
 PARAMS = {
     "task": Param(
-        "new",
+        "any",
         type="string",
         enum=["new", "any"],
         title="Task",

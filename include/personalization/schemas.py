@@ -151,6 +151,17 @@ class Event(BaseModel):
             return "-"
         return str(uuid.uuid5(_EVENT_NAMESPACE, "|".join(map(str, key))))
 
+    @classmethod
+    def of_row(cls, values: dict[str, Any], *, of_strings: bool) -> Self:
+        """Validate a row. A CSV cell has no type and may be padded; tables with gaps write 3 as 3.0."""
+        if of_strings:
+            cells = {name: cell.strip() for name, cell in values.items()}
+            return cls.model_validate_strings({name: cell for name, cell in cells.items() if cell})
+        position = values.get("position")
+        if isinstance(position, float) and position.is_integer():
+            values = values | {"position": int(position)}
+        return cls.model_validate(values)
+
     @property
     def timestamp_ms(self) -> int:
         """Milliseconds since the epoch."""

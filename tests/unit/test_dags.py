@@ -137,7 +137,6 @@ def test_the_evaluation_is_one_task_a_week(evaluation: Any):
 @pytest.mark.parametrize(
     ("name", "value", "valid"),
     [
-        ("task", "new", True),
         ("task", "any", True),
         ("task", "old", False),
         ("task", None, False),

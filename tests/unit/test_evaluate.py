@@ -193,7 +193,6 @@ def one_event(kind: str, campaign_id: str) -> str:
     ("name", "content", "problem"),
     [
         ("messages", None, "no such file"),
-        ("messages", "", "is empty"),
         ("events", one_event("click", "unknown"), "no event is of a campaign of the catalog"),
         ("events", one_event("impression", "pets_spring"), "no click and no conversion"),
     ],

@@ -57,6 +57,8 @@ def evaluate_files(
     refused = Refused()
     loaded = load_catalog(catalog)
     said, done = load_messages(UPath(messages), refused), load_events(UPath(events), refused)
+    if refused.count:
+        log.warning(f"{refused.count:,} rows were refused; first: {'; '.join(refused.first)}")
     plan = _plan(done, loaded, split_at, every, horizon, until, task)  # type: ignore[arg-type]
     history = build_history(said, done, loaded, settings or get_settings())
     replay = Replay(history, plan)
@@ -65,8 +67,6 @@ def evaluate_files(
         outcomes = replay.run(chosen, lambda done: progress.update(bar, completed=done))
     report = summarise(replay, plan, outcomes)
     report["refused"] = {"rows": refused.count, "first": refused.first}
-    if refused.count:
-        log.warning(f"{refused.count:,} rows were refused; first: {'; '.join(refused.first)}")
     if not report["answers"]:
         raise InputError(
             f"no user engages with a running campaign between {report['splits'][0]} and the end of the horizon; "
@@ -158,8 +158,12 @@ def _plan(
         raise InputError(f"--split-at {split_at}: the last click or conversion is of {newest:%Y-%m-%dT%H:%M:%SZ}")
     if first >= end:
         raise InputError(f"--until {until}: must lie behind --split-at {split_at}")
-    horizon_ms = _duration("--horizon", horizon) if horizon else end - first
-    every_ms = _duration("--every", every) if every else max(end - first, horizon_ms)
+    whole = end - first
+    every_ms = _duration("--every", every) if every else whole
+    horizon_ms = _duration("--horizon", horizon) if horizon else min(every_ms, whole)
+    every_ms = every_ms if every else max(whole, horizon_ms)
+    if until and horizon_ms > whole:
+        raise InputError(f"--until {until}: lies within the first horizon of {horizon}; set it later or --horizon less")
     if (splits := (end - first) // every_ms) > _MAX_SPLITS:
         raise InputError(f"--every {every}: makes {splits:,} splits, and {_MAX_SPLITS} are the most; split less often")
     return Plan(first, every_ms, horizon_ms, end, task)
@@ -176,4 +180,4 @@ def _duration(option: str, text: str) -> int:
     match = _DURATION.fullmatch(text.strip())
     if match is None or float(match[1]) <= 0:
         raise InputError(f"{option} {text}: must be a length of time such as 7d, 12h or 2w")
-    return int(float(match[1]) * _UNITS_MS[match[2]])
+    return max(int(float(match[1]) * _UNITS_MS[match[2]]), 1)

@@ -47,17 +47,17 @@ class Refused:
 
 
 def load_messages(path: UPath, refused: Refused) -> list[Message]:
-    """The messages of a file, once each by id."""
+    """The messages of a file, once each by id; none of an empty file."""
+    if path.is_file() and path.stat().st_size == 0:
+        return []
     return _load(path, refused, lambda row: Message.model_validate(row.value), lambda one: one.message_id)
 
 
 def load_events(path: UPath, refused: Refused) -> list[Event]:
     """The events of a file, once each by id."""
-    return _load(path, refused, _event, lambda one: one.event_id)
-
-
-def _event(row: Row) -> Event:
-    return Event.model_validate_strings(row.value) if row.of_strings else Event.model_validate(row.value)
+    return _load(
+        path, refused, lambda row: Event.of_row(row.value, of_strings=row.of_strings), lambda one: one.event_id
+    )
 
 
 def _load(
@@ -75,7 +75,9 @@ def _load(
         except ValidationError as error:
             refused.add(place, "; ".join(_explain(one) for one in error.errors(include_url=False)))
         else:
-            records.setdefault(id_of(record), record)
+            known = records.setdefault(id_of(record), record)
+            if known.content_hash != record.content_hash:
+                refused.add(place, f"the id {id_of(record)} stands in an earlier row with other content")
     return list(records.values())
 
 
@@ -126,6 +128,7 @@ def build_history(
         in_order(engaged, signals_of_messages(intents, arrays)),
         settings.profile_half_life_days,
         settings.neighbours,
+        settings.profile_max_messages,
     )
 
 

@@ -27,7 +27,7 @@ log = structlog.get_logger(__name__)
 class Request:
     """What to evaluate."""
 
-    task: Task = "new"
+    task: Task = "any"
     split_days: int = 7
     """From each split to the next, and how far behind it engagement counts."""
     weeks: int = 4

@@ -32,6 +32,7 @@ REFERENCE = "shipped"
 MIN_ANSWERS = 20
 """Fewest answers to tell policies by."""
 _COLD_MESSAGES = 1
+_CALIBRATION_PAIRS = 100_000  # of each part of a split, drawn at random
 
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -107,8 +108,10 @@ class Replay:
             scores = ranker.score(example.evidence) if ranker else BASELINES[name](moment)
             _keep(outcome, example, scores, popularity, is_cold)
             if isinstance(ranker, LearnedRanker):
-                outcome.probabilities.append(scores[example.allowed])
-                outcome.outcomes.append(example.truth[example.allowed].astype(float))
+                pairs = np.flatnonzero(example.allowed)
+                drawn = np.random.default_rng(0).permutation(pairs)[:_CALIBRATION_PAIRS]
+                outcome.probabilities.append(scores.ravel()[drawn])
+                outcome.outcomes.append(example.truth.ravel()[drawn].astype(np.float32))
 
     def _ranker(self, name: str, past: list[Example], moment: int) -> Ranker | None:
         if name in FUSED:

@@ -31,6 +31,7 @@ INTEREST_COSINE = 0.5
 RECENT_MESSAGES = 50
 """Newest messages of a user that interests are drawn from."""
 NEIGHBOURS = 50
+PROFILE_MESSAGES = 200
 MIN_SIMILARITY = 0.5
 """Least cosine between two users' vectors for one to speak for the other."""
 SAID_BEFORE_MS = 7 * DAY_MS
@@ -38,6 +39,7 @@ SAID_BEFORE_MS = 7 * DAY_MS
 _LATEST = 2**62
 _WALK_STEPS = 12
 _USERS_AT_ONCE = 1024
+_COLUMNS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ class History:
     half_life_days: float = HALF_LIFE_DAYS
     neighbours: int = NEIGHBOURS
     """Similar users that are asked, as many as the API asks."""
+    profile_messages: int = PROFILE_MESSAGES
+    """Newest messages of a user that make their vector."""
 
     def before(self, moment: int) -> "History":
         """Only what happened before `moment` (epoch milliseconds). Views, no copies."""
@@ -157,11 +161,15 @@ class History:
         return _sparse(weights, self.intents.user, self.intents.intent, shape)
 
     def profiles(self, moment: int) -> Matrix:
-        """(U, D) unit vectors: recency-weighted sums of each user's messages; zero without any."""
+        """(U, D) unit vectors: recency-weighted sums of each user's newest messages; zero without any."""
         count = len(self.messages.at)
+        order = np.lexsort((self.messages.at, self.messages.user))
+        users = self.messages.user[order]
+        newer = np.searchsorted(users, users, side="right") - 1 - np.arange(count)
+        newest = order[newer < self.profile_messages]
+        weights = _decay(moment - self.messages.at[newest], self.half_life_days)
         shape = (len(self.user_ids), count)
-        weights = _decay(moment - self.messages.at, self.half_life_days)
-        return unit(_sparse(weights, self.messages.user, np.arange(count), shape) @ self.messages.vectors)
+        return unit(_sparse(weights, self.messages.user[newest], newest, shape) @ self.messages.vectors)
 
     def _signal_weights(self, moment: int) -> Vector:
         fading = _decay(moment - self.signals.at, self.half_life_days)
@@ -266,12 +274,16 @@ def _walks(expressed: sparse.csr_array, engaged: sparse.csr_array, targets: Matr
     out = np.asarray(graph.sum(axis=1), dtype=np.float32).ravel()
     steps = (sparse.diags_array(1 / np.maximum(out, 1e-12), dtype=np.float32) @ graph).tocsr()
     users = expressed.shape[0]
-    ends = np.zeros((graph.shape[0], len(columns)), dtype=np.float32)
-    ends[users + expressed.shape[1] + columns, np.arange(len(columns))] = 1
-    walk = ends.copy()
-    for _ in range(_WALK_STEPS):
-        walk = (1 - WALK_CONTINUES) * ends + WALK_CONTINUES * (steps @ walk)
-    return walk[users:]
+    walks = np.empty((graph.shape[0] - users, len(columns)), dtype=np.float32)
+    for start in range(0, len(columns), _COLUMNS_AT_ONCE):  # independent of each other: bounds the memory
+        some = columns[start : start + _COLUMNS_AT_ONCE]
+        ends = np.zeros((graph.shape[0], len(some)), dtype=np.float32)
+        ends[users + expressed.shape[1] + some, np.arange(len(some))] = 1 - WALK_CONTINUES
+        walk = ends / (1 - WALK_CONTINUES)
+        for _ in range(_WALK_STEPS):
+            walk = ends + WALK_CONTINUES * (steps @ walk)
+        walks[:, start : start + len(some)] = walk[users:]
+    return walks
 
 
 def _know_users(snapshot: Snapshot, places: Whole) -> UserKnowledge:

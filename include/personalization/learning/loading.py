@@ -64,6 +64,7 @@ def load_history(
         in_order(events, signals_of_messages(intents, arrays)),
         settings.profile_half_life_days,
         settings.neighbours,
+        settings.profile_max_messages,
     )
     return _by_user_id(history)
 

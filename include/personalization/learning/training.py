@@ -34,6 +34,7 @@ MOMENTS_HALF_LIFE = 4.0
 LEAST_MOMENTS = 6
 """A horizon is cut so that so many lie in the history."""
 USERS_AT_ONCE = 1000
+_PAIRS_AT_ONCE = 1_000_000  # users x candidates: some 150 bytes each
 MIN_ANSWERS = 30
 """Fewest users who engaged to choose a rank fusion by."""
 MIN_POSITIVES = 200
@@ -82,8 +83,8 @@ class Example:
 def take_examples(history: History, moment: int, horizon_ms: int, task: Task) -> Iterator[Example]:
     """Draw the evidence of `moment` for the users who engaged within `horizon_ms` behind it.
 
-    Yields up to `USERS_AT_ONCE` users at a time in a random order, so that the first part is a fair sample; nothing
-    where nobody engaged. Memory: users at once x candidates x features.
+    Yields up to `USERS_AT_ONCE` users at a time, fewer where candidates are many, in a random order: the first part is
+    a fair sample. Nothing where nobody engaged. Memory: users at once x candidates x features.
     """
     snapshot = take_snapshot(history, moment)
     signals = history.signals
@@ -99,8 +100,9 @@ def take_examples(history: History, moment: int, horizon_ms: int, task: Task) ->
         then = then - then.multiply(seen)
     users = np.flatnonzero(then.sum(axis=1))
     users = np.random.default_rng(0).permutation(users)
-    for start in range(0, len(users), USERS_AT_ONCE):
-        part = np.sort(users[start : start + USERS_AT_ONCE])
+    at_once = max(min(USERS_AT_ONCE, _PAIRS_AT_ONCE // max(shape[1], 1)), 1)
+    for start in range(0, len(users), at_once):
+        part = np.sort(users[start : start + at_once])
         known = seen[part].toarray() > 0
         allowed = ~known if task == "new" else np.ones_like(known)
         evidence = Evidence.of(snapshot.campaigns, snapshot.users(part))

@@ -59,13 +59,8 @@ class EventTaker(Taker[Event]):
     kind = "event"
 
     def parse(self, row: Row) -> Event:
-        """Validate the event. A CSV cell has no type and may be padded; JSON may write 3 as 3.0."""
-        if row.of_strings:
-            cells = {name: cell.strip() for name, cell in row.value.items()}
-            return Event.model_validate_strings({name: cell for name, cell in cells.items() if cell})
-        position = row.value.get("position")
-        whole = isinstance(position, float) and position.is_integer()
-        return Event.model_validate(row.value | {"position": int(position)} if whole else row.value)
+        """Validate the event."""
+        return Event.of_row(row.value, of_strings=row.of_strings)
 
     def identify(self, record: Event) -> str:
         """Given or derived."""

@@ -3,8 +3,10 @@
 import structlog
 
 from personalization.catalog.loading import catalog_version, intents_version
+from personalization.errors import StagingError
 from personalization.pipeline.learn import SERVED_FILE
 from personalization.pipeline.lineage import StageReport
+from personalization.recommend.knowledge import ServedKnowledge
 from personalization.schemas import Catalog, Ref
 from personalization.settings import Settings
 from personalization.staging import Staging
@@ -49,12 +51,20 @@ def publish(
         "users_without_intent": analytics.count_users_without_intent(),
     }
     if learned:
-        content = (staging.root / SERVED_FILE).read_bytes()
-        analytics.publish_served(content, report.run_id)
+        content = _learned(staging)
+        analytics.publish_served(content, ServedKnowledge.from_bytes(content).campaigns.at, report.run_id)
     if user_pages or learned:
         report.details["generation"] = cache.next_generation()
+        analytics.announce_served()
     # Last, so that whatever fails above leaves the work to be taken up again.
     analytics.set_serving_state(catalog_version(catalog), intents_version(catalog, settings), report.run_id)
     mongo.publish_run(report.run_id, space.model)
     staging.prune(settings.staging_retention_days)
     log.info("nothing new to publish" if not user_pages else f"published: {report.details}")
+
+
+def _learned(staging: Staging) -> bytes:
+    try:
+        return (staging.root / SERVED_FILE).read_bytes()
+    except FileNotFoundError as error:
+        raise StagingError(f"{error.filename}: is gone; clear the run's task `learn`, which makes it anew") from error

@@ -1,8 +1,9 @@
 """Rules: what the catalog forbids, caps, boosts and pins. Each exclusion says which rule, and why."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from personalization.schemas import DAY_MS, Campaign, CatalogRules, EventKind, Exclusion
 
@@ -27,7 +28,14 @@ class Viewer:
 
     def times(self, campaign_id: str, event: EventKind) -> list[int]:
         """When it happened."""
-        return [one.at for one in self.events if one.campaign_id == campaign_id and one.event == event]
+        return self._times.get((campaign_id, event), [])
+
+    @cached_property
+    def _times(self) -> dict[tuple[str, EventKind], list[int]]:
+        times: dict[tuple[str, EventKind], list[int]] = defaultdict(list)
+        for one in self.events:
+            times[one.campaign_id, one.event].append(one.at)
+        return times
 
 
 @dataclass

@@ -290,7 +290,10 @@ class Served(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     content: Mapped[bytes] = mapped_column(LargeBinary)
     run_id: Mapped[str] = mapped_column(String(250))
-    published_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    learned_at: Mapped[int] = mapped_column(BigInteger)
+    """The moment of the knowledge, in epoch milliseconds."""
+    announced: Mapped[bool]
+    """Whether a serving generation began with it."""
 
 
 class UserEvent(NamedTuple):
@@ -601,17 +604,24 @@ class AnalyticsStore:
         with analytics_errors(), Session(self.engine) as session, session.begin():
             session.merge(state)
 
-    def publish_served(self, content: bytes, run_id: str) -> None:
-        """Set what the API answers from, in one transaction."""
-        row = Served(id=_SERVING, content=content, run_id=run_id, published_at=datetime.now(UTC))
+    def publish_served(self, content: bytes, learned_at: int, run_id: str) -> None:
+        """Set what the API answers from, in one transaction, unless that is newer: an older run may be repeated."""
+        row = Served(id=_SERVING, content=content, run_id=run_id, learned_at=learned_at, announced=False)
         with analytics_errors(), Session(self.engine) as session, session.begin():
-            session.merge(row)
+            known = session.get(Served, _SERVING)
+            if known is None or known.learned_at <= learned_at:
+                session.merge(row)
+
+    def announce_served(self) -> None:
+        """Say that a serving generation has begun with it."""
+        with analytics_errors(), self.engine.begin() as connection:
+            connection.execute(update(Served).values(announced=True))
 
     def served_at(self) -> int | None:
-        """When the API's knowledge was published, in epoch milliseconds; None before the first publish."""
+        """The moment of the served knowledge, in epoch milliseconds; None before it is announced."""
+        query = select(Served.learned_at).where(Served.announced)
         with analytics_errors(), self.engine.connect() as connection:
-            published = connection.execute(select(Served.published_at)).scalar_one_or_none()
-        return int(published.timestamp() * 1000) if published else None
+            return connection.execute(query).scalar_one_or_none()
 
     def _stream(self, query: Select[*tuple[Any, ...]]) -> Iterator[list[list[Any]]]:
         with analytics_errors(), self.engine.connect() as connection:
