@@ -178,12 +178,14 @@ def summarise(replay: Replay, plan: Plan, outcomes: dict[str, Outcome]) -> dict[
         "users": len(np.unique(np.concatenate(first.owners))) if answers else 0,
         "policies": {},
         "differences": {},
+        "segment_differences": {},
     }
     if not answers:
         return report
     candidates = sum(replay.candidates.values())
     owners = np.concatenate(first.owners)
     cold = np.concatenate(first.cold)
+    segments = [(segment, chosen) for segment, chosen in (("cold", cold), ("warm", ~cold)) if chosen.any()]
     report["candidates_per_split"] = candidates / len(replay.candidates)
     for name, outcome in outcomes.items():
         entry: dict[str, Any] = {metric: _shown(interval(outcome.column(metric), owners)) for metric in outcome.values}
@@ -193,8 +195,7 @@ def summarise(replay: Replay, plan: Plan, outcomes: dict[str, Outcome]) -> dict[
                 "answers": int(chosen.sum()),
                 "ndcg@10": _shown(interval(outcome.column("ndcg@10")[chosen], owners[chosen])),
             }
-            for segment, chosen in (("cold", cold), ("warm", ~cold))
-            if chosen.any()
+            for segment, chosen in segments
         }
         if outcome.probabilities:
             probabilities, truths = np.concatenate(outcome.probabilities), np.concatenate(outcome.outcomes)
@@ -211,6 +212,11 @@ def summarise(replay: Replay, plan: Plan, outcomes: dict[str, Outcome]) -> dict[
             if name != REFERENCE:
                 report["differences"][f"{REFERENCE} - {name}"] = {
                     metric: _shown(interval(best.column(metric) - outcome.column(metric), owners)) for metric in METRICS
+                }
+                ahead = best.column("ndcg@10") - outcome.column("ndcg@10")
+                report["segment_differences"][f"{REFERENCE} - {name}"] = {
+                    segment: {"ndcg@10": _shown(interval(ahead[chosen], owners[chosen]))}
+                    for segment, chosen in segments
                 }
     if replay.rankers:
         report["rankers"] = {_iso(split): version for split, version in replay.rankers.items()}
