@@ -30,7 +30,11 @@ async def test_vectors_are_written_once_and_neighbours_are_found(settings: Setti
     assert details["nothing_new"] is True
     assert details["vectors"] == details["messages"] == 440
     reader = AsyncVectorReader(settings)
-    neighbours = await reader.neighbours("maria", 10)
+    own, *interests = await reader.user_vectors("maria")
+    neighbours = await reader.neighbours("maria", own, 10)
+    unknown = await reader.user_vectors("nobody-we-know")
     await reader.close()
+    assert 1 <= len(interests) <= 4
+    assert len(unknown) == 0
     assert len(neighbours) == 10
     assert "maria" not in {one["user_id"] for one in neighbours}

@@ -87,11 +87,11 @@ def test_what_happens_at_the_very_moment_is_not_known_and_a_millisecond_later_is
 
 
 def test_a_cut_history_is_a_view_and_keeps_how_it_is_read():
-    past = replace(history(2), half_life_days=7.0, neighbours=3)
+    past = replace(history(2), half_life_days=7.0, neighbours=3, profile_messages=9)
     cut = past.before(NOW - 20 * DAY_MS)
 
     assert np.shares_memory(cut.messages.vectors, past.messages.vectors)
-    assert (cut.half_life_days, cut.neighbours) == (7.0, 3)
+    assert (cut.half_life_days, cut.neighbours, cut.profile_messages) == (7.0, 3, 9)
     assert 0 < len(cut.signals.at) < len(past.signals.at)
     for part in (cut.messages, cut.intents, cut.signals):
         assert len({len(column) for column in vars(part).values()}) == 1
@@ -154,15 +154,15 @@ def latest_before(messages: Messages, user: int, moment: int) -> int | None:
 
 
 @few
-@given(seed=st.integers(0, 2**32), neighbours=st.sampled_from([0, 1, 2, 50]))
-def test_users_are_known_as_naive_loops_know_them(seed: int, neighbours: int):
-    past = replace(history(seed), neighbours=neighbours)
+@given(seed=st.integers(0, 2**32), neighbours=st.sampled_from([0, 1, 2, 50]), newest=st.sampled_from([1, 3, 200]))
+def test_users_are_known_as_naive_loops_know_them(seed: int, neighbours: int, newest: int):
+    past = replace(history(seed), neighbours=neighbours, profile_messages=newest)
     snapshot = take_snapshot(past, NOW)
     places = np.random.default_rng(seed).permutation(len(past.user_ids))[:4]
 
     known = snapshot.users(places)
 
-    profiles = [profile(past.messages, user) for user in range(len(past.user_ids))]
+    profiles = [profile(past.messages, user, newest) for user in range(len(past.user_ids))]
     engaged = past.engaged(NOW).toarray()
     for row, user in enumerate(places):
         assert known.ids[row] == past.user_ids[user]
@@ -183,9 +183,9 @@ def test_users_are_known_as_naive_loops_know_them(seed: int, neighbours: int):
         assert known.neighbours[row].tolist() == [sum(engaged[one, at] > 0 for _, one in near) for at in range(5)]
 
 
-def profile(messages: Messages, user: int) -> Any:
+def profile(messages: Messages, user: int, newest: int) -> Any:
     said = sum(
-        (faded(NOW - messages.at[at]) * messages.vectors[at] for at in np.flatnonzero(messages.user == user)),
+        (faded(NOW - messages.at[at]) * messages.vectors[at] for at in np.flatnonzero(messages.user == user)[-newest:]),
         np.zeros(DIMS),
     )
     return said / max(np.linalg.norm(said), 1e-9)
@@ -321,6 +321,11 @@ def test_interests_are_drawn_from_the_newest_messages_only():
     [interests] = take_snapshot(replace(history(0), messages=said), NOW).users(np.asarray([0])).interests
 
     np.testing.assert_allclose(interests, np.stack([axes[1], *[np.zeros(DIMS)] * (INTERESTS_PER_USER - 1)]), atol=1e-6)
+    said.vectors[-1] = axes[2]
+    short = replace(history(0), messages=said, profile_messages=1)
+    [[first, *others]] = take_snapshot(short, NOW).users(np.asarray([0])).interests
+    np.testing.assert_allclose(first, axes[2], atol=1e-6)
+    assert not np.any(others)
 
 
 # --- nothing there

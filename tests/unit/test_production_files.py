@@ -226,7 +226,7 @@ class TestCompose:
 
     def test_what_ranks_and_what_learns_follow_the_same_settings(self):
         """What is learned with one half-life and served with another would be skewed."""
-        shared = {"PROFILE_HALF_LIFE_DAYS", "NEIGHBOURS"}
+        shared = {"PROFILE_HALF_LIFE_DAYS", "NEIGHBOURS"}  # PROFILE_MAX_MESSAGES is the pipeline's alone
 
         for name in shared:
             assert environment("api")[name] == environment("airflow-scheduler")[name]

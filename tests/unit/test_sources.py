@@ -181,6 +181,7 @@ def pagerank(graph: nx.Graph, start: tuple[str, int]) -> Any:
 @pytest.mark.parametrize("seed", range(8))
 def test_a_walk_is_the_personalised_pagerank_of_networkx(seed: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(learning, "_WALK_STEPS", 200)
+    monkeypatch.setattr(learning, "_COLUMNS_AT_ONCE", 3)
     rng = np.random.default_rng(seed)
     past = some_history(rng, users=5, campaigns=6, messages=12, events=12)
     expressed, engaged, targets = past.expressed(NOW), past.engaged(NOW), past.catalog.targets
