@@ -329,9 +329,10 @@ def _interests(past: History, places: Whole, moment: int) -> np.ndarray[Any, np.
     order = np.lexsort((messages.at, messages.user))
     users = messages.user[order]
     starts, ends = np.searchsorted(users, places), np.searchsorted(users, places, side="right")
+    count = min(RECENT_MESSAGES, past.profile_messages)  # those that the pipeline has at hand
     found = np.zeros((len(places), INTERESTS_PER_USER, messages.vectors.shape[1]), dtype=np.float32)
     for at, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        newest = order[max(start, end - RECENT_MESSAGES) : end]
+        newest = order[max(start, end - count) : end]
         kept = interests_of(messages.vectors[newest], _decay(moment - messages.at[newest], past.half_life_days))
         found[at, : len(kept)] = kept
     return found
