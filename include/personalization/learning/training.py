@@ -40,7 +40,7 @@ MIN_ANSWERS = 30
 MIN_POSITIVES = 200
 """Fewest engagements to learn from."""
 _NEGATIVES = 60
-_SURE = 1.28  # standard errors: 90 %, one-sided
+_MARGIN = 0.5  # standard errors: keeps out luck on few answers, lets in a true gain
 _TREES = 150
 _PARAMETERS = {
     "objective": "binary",
@@ -191,7 +191,7 @@ class Choice:
 
 
 def choose_ranker(examples: Sequence[Example]) -> Choice:
-    """The learned ranker if it surely beats rank fusion on examples it was not fitted to, else the better rank fusion.
+    """The learned ranker if it clearly beats rank fusion on examples it was not fitted to, else the better rank fusion.
 
     Fits twice: without the newest quarter of the examples, to judge; then with all, to serve.
     """
@@ -204,10 +204,10 @@ def choose_ranker(examples: Sequence[Example]) -> Choice:
     newest = examples[-held_out:]
     gains = _ndcg(judged, newest) - _ndcg(fusion, newest)
     gain = float(gains.mean())
-    is_ahead = gain > _SURE * float(gains.std()) / np.sqrt(len(gains))
+    is_ahead = gain > _MARGIN * float(gains.std()) / np.sqrt(len(gains))
     ranker = fit_ranker(examples) if is_ahead else None
     if ranker is None:
-        return Choice(fusion, "the learned ranker is not surely ahead of rank fusion", fusion, gain)
+        return Choice(fusion, "the learned ranker is not clearly ahead of rank fusion", fusion, gain)
     return Choice(ranker, "the learned ranker is ahead of rank fusion", fusion, gain)
 
 
