@@ -178,11 +178,11 @@ def test_a_message_without_a_vector_is_left_out(lively: Settings, stores: Stores
 
 
 def test_an_evaluation_is_kept_for_the_dashboard_and_a_repeat_sets_it_anew(lively: Settings) -> None:
-    request = Request(weeks=3, policies=("shipped", "popularity", "random"))
+    request = Request(task="new", weeks=3, policies=("shipped", "popularity", "random"))
 
     report = evaluate(lively, request)
     again = evaluate(lively, request)
-    evaluate(lively, Request(weeks=2, policies=("popularity",)), run_id="later")
+    evaluate(lively, Request(task="new", weeks=2, policies=("popularity",)), run_id="later")
 
     assert report == again
     assert (len(report["splits"]), report["answers"]) == (3, 45)

@@ -125,10 +125,14 @@ def test_a_vote_halves_at_the_depth_of_fusion():
 
 
 @pytest.mark.parametrize(
-    "row", [[0, 0, 0], [0.4, 0.4, 0.4], [-1, -2, -3], [-1, -1, -1], [0.7]], ids=lambda row: f"{row}"
+    "row", [[0, 0, 0], [0.4, 0.4, 0.4], [-1, -2, -3], [-1, -1, -1], [0.0]], ids=lambda row: f"{row}"
 )
 def test_a_source_that_says_nothing_or_the_same_of_all_has_no_vote(row: list[float]):
     assert not RankFusion({"own_intents": 1.0}).score(scores(row)).any()
+
+
+def test_an_only_candidate_has_every_vote_of_what_speaks_for_it():
+    assert RankFusion({"own_intents": 1.0}).score(scores([0.7])).tolist() == [[1.0]]
 
 
 def test_a_candidate_a_source_says_nothing_of_gets_nothing_from_it():

@@ -227,9 +227,11 @@ def _ahead_of(scores: Matrix) -> Matrix:
 
 
 def _vote(scores: Matrix, ranks: Matrix) -> Matrix:
-    """(B, C) votes from 0 to 1; none for a score of 0, nor where all scores are alike."""
-    place = (1 - ranks) * max(scores.shape[1] - 1, 0)
-    differ = scores.max(axis=1, keepdims=True, initial=0) > scores.min(axis=1, keepdims=True, initial=np.inf)
+    """(B, C) votes from 0 to 1; none for a score of 0, nor where all of several scores are alike."""
+    count = scores.shape[1]
+    place = (1 - ranks) * max(count - 1, 0)
+    lowest = scores.min(axis=1, keepdims=True, initial=np.inf)
+    differ = (scores.max(axis=1, keepdims=True, initial=0) > lowest) | (count == 1)
     return np.where((scores > 0) & differ, FUSION_DEPTH / (FUSION_DEPTH + place), 0).astype(np.float32)
 
 
