@@ -103,9 +103,15 @@ class Replay:
         popularity = np.expm1(example.evidence.context["engaged_users"][0]) / total
         is_cold = np.expm1(example.evidence.context["user_messages"][:, 0]) <= _COLD_MESSAGES
         is_cold &= example.evidence.context["user_engagement"][:, 0] == 0
+        scored: dict[int, Matrix] = {}
         for name, outcome in outcomes.items():
             ranker = self._ranker(name, past, example.moment)
-            scores = ranker.score(example.evidence) if ranker else BASELINES[name](moment)
+            if ranker is None:
+                scores = BASELINES[name](moment)
+            elif id(ranker) in scored:  # such as the shipped one, when it is the learned one
+                scores = scored[id(ranker)]
+            else:
+                scores = scored[id(ranker)] = ranker.score(example.evidence)
             _keep(outcome, example, scores, popularity, is_cold)
             if isinstance(ranker, LearnedRanker):
                 pairs = np.flatnonzero(example.allowed)
