@@ -44,5 +44,9 @@ class StoreError(PersonalizationError):
         self.store = store
 
 
+class ErasedError(PersonalizationError):
+    """Nothing is taken of this user any more: they were erased."""
+
+
 class LocalStackError(PersonalizationError):
     """The embedded stack cannot be started or a process of it has died."""

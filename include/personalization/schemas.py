@@ -44,6 +44,11 @@ _EVENT_NAMESPACE = uuid.UUID("0d5a3f0e-4c7b-5a6e-8f21-3b9a1d2c4e5f")
 _FOREVER_MS = 253_402_300_799_999  # 9999-12-31, the end of an open active window
 
 
+def erasure_id(user_id: str) -> str:
+    """What is kept of an erased user: a digest that tells whether an id is theirs, and from which no id can be read."""
+    return hashlib.blake2b(user_id.encode(), digest_size=16, person=b"erasure").hexdigest()
+
+
 def _readable_text(text: str) -> str:
     if not text.strip():
         raise ValueError("is blank")
