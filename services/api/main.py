@@ -2,37 +2,29 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, Literal
+from typing import Any
 
-from fastapi import FastAPI, Response
+from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
 from personalization.recommend.service import Recommender
-from personalization.schemas import Recommendations
-from personalization.settings import get_settings
+from personalization.settings import Settings
 from personalization.stores.analytics import AsyncAnalyticsReader
 from personalization.stores.cache import AsyncCache
 from personalization.stores.milvus import AsyncVectorReader
 from personalization.stores.neo4j import AsyncGraphReader
-from pydantic import BaseModel
 
-from services.api.deps import Explain, RecommenderDep, Top, UserId
 from services.api.problems import Problem, add_problem_handlers
+from services.api.routes import operations, recommendations
 
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
-    422: {"model": Problem, "description": "The user id or `top` is not valid."},
-    503: {"model": Problem, "description": "A store does not answer; try again after `Retry-After` seconds."},
-}
-
-
-class Health(BaseModel):
-    """The process is up."""
-
-    status: Literal["ok"] = "ok"
+ROUTERS: tuple[APIRouter, ...] = (recommendations.router, operations.router)
+UNVERSIONED = ("/recommendations/{user_id}", "/health")
+"""Paths that are also there without `/v1`."""
 
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Open the clients with the app, close them with it."""
-    settings = get_settings()
+    settings: Settings = app.state.settings
     recommender = Recommender(
         cache=AsyncCache.from_settings(settings),
         vectors=AsyncVectorReader(settings),
@@ -48,35 +40,33 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     await recommender.analytics.engine.dispose()
 
 
-app = FastAPI(
-    title="Personalization Platform",
-    summary="Which campaigns are worth showing to a user, and why.",
-    version="0.1.0",
-    lifespan=lifespan,
-)
-add_problem_handlers(app)
+def create_app(settings: Settings) -> FastAPI:
+    """The app with these settings. It opens nothing before its lifespan begins."""
+    app = FastAPI(
+        title="Personalization Platform",
+        summary="Which campaigns are worth showing to a user, and why.",
+        version="0.1.0",
+        lifespan=lifespan,
+    )
+    app.state.settings = settings
+    add_problem_handlers(app)
+    unversioned = APIRouter(routes=[one for router in ROUTERS for one in router.routes if _is_unversioned(one)])
+    app.include_router(unversioned)  # first, as the hottest path is one of them
+    for router in ROUTERS:
+        app.include_router(router, prefix="/v1")
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = plain()
+        document["components"]["schemas"].setdefault("Problem", Problem.model_json_schema())
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
+    return app
 
 
-@app.get("/health", tags=["operations"])
-async def health() -> Health:
-    """Whether the process is up; asks no store."""
-    return Health()
+def _is_unversioned(route: object) -> bool:
+    return isinstance(route, APIRoute) and route.path in UNVERSIONED
 
 
-@app.get(
-    "/recommendations/{user_id}",
-    tags=["recommendations"],
-    response_model=Recommendations,
-    response_model_exclude_none=True,
-    responses=_PROBLEMS,
-)
-async def recommendations(
-    user_id: UserId, recommender: RecommenderDep, top: Top = 5, explain: Explain = False
-) -> Response:
-    """Active campaigns for a user, best first, with the reasons.
-
-    With `explain`, each reason carries its data, and what a rule holds back is listed with that rule.
-
-    A user nothing is known of gets popular campaigns, marked `"strategy": "popular"`.
-    """
-    return Response(await recommender.answer(user_id, top, explain=explain), media_type="application/json")
+app = create_app(Settings())

@@ -11,6 +11,7 @@ from personalization.errors import StoreError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+MEDIA_TYPE = "application/problem+json"
 _RETRY_AFTER_S = 5
 
 log = structlog.get_logger(__name__)
@@ -23,6 +24,25 @@ class Problem(BaseModel):
     title: str
     status: int
     detail: str
+
+
+_MEANINGS = {
+    400: "The body is not JSON.",
+    401: "No API key, or one that is not known.",
+    403: "The API key lacks the scope, or the client may not come from there.",
+    404: "There is no such thing.",
+    413: "The body is larger than MAX_BODY_BYTES.",
+    422: "An id, a parameter or the body is not valid; `detail` says which.",
+    429: "Too many requests with this key; try again after `Retry-After` seconds.",
+    500: "Something went wrong here; the log has it under the request's id.",
+    503: "Too busy, or a store does not answer; try again after `Retry-After` seconds.",
+}
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's `responses` for these statuses. `add_problem_handlers` brings the schema they refer to."""
+    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {status: {"description": _MEANINGS[status], "content": content} for status in statuses}
 
 
 def add_problem_handlers(app: FastAPI) -> None:
@@ -56,4 +76,4 @@ async def _unexpected_error(request: Request, error: Exception) -> JSONResponse:
 
 def _problem(status: HTTPStatus, detail: str, headers: Any = None) -> JSONResponse:
     content = Problem(title=status.phrase, status=status, detail=detail).model_dump()
-    return JSONResponse(content, status, headers, media_type="application/problem+json")
+    return JSONResponse(content, status, headers, media_type=MEDIA_TYPE)

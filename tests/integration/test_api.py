@@ -9,8 +9,9 @@ import pytest
 from conftest import SAMPLE, empty_settings, free_ports, with_quiet_user
 from personalization.local.stack import Stack
 from personalization.pipeline.run import run_pipeline
+from personalization.recommend.service import Recommender
 from personalization.recommend.sources import SOURCES
-from personalization.settings import Settings, get_settings
+from personalization.settings import Settings
 from personalization.stores.analytics import AnalyticsStore
 from pydantic import SecretStr
 from pymilvus import MilvusClient
@@ -18,7 +19,7 @@ from redis import Redis
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
-from services.api.main import app
+from services.api.main import create_app
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +32,9 @@ def published(store_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> S
 
 
 @pytest.fixture
-async def api(published: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[httpx.AsyncClient]:
+async def api(published: Settings) -> AsyncIterator[httpx.AsyncClient]:
     forget_answers(published)
-    async for client in serve(published, monkeypatch):
+    async for client in serve(published):
         yield client
 
 
@@ -44,19 +45,23 @@ def forget_answers(settings: Settings) -> None:
             redis.delete(key)
 
 
-async def serve(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[httpx.AsyncClient]:
-    """The app as the server runs it, with these settings as its environment."""
-    for name, value in settings.model_dump(exclude_none=True).items():
-        text = value.get_secret_value() if hasattr(value, "get_secret_value") else str(value)
-        monkeypatch.setenv(name.upper(), text)
-    get_settings.cache_clear()
+async def serve(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
+    """The app as the server runs it, with these settings."""
+    app = create_app(settings.model_copy(update={"api_auth": "off"}))
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=transport, base_url="http://api") as client,
     ):
         yield client
-    get_settings.cache_clear()
+
+
+def recommender_of(api: httpx.AsyncClient) -> Recommender:
+    """What the app behind this client answers with."""
+    transport = api._transport
+    assert isinstance(transport, httpx.ASGITransport)
+    recommender: Recommender = transport.app.state.recommender  # type: ignore[attr-defined]
+    return recommender
 
 
 async def ask(api: httpx.AsyncClient, user_id: str, top: int = 5, **params: Any) -> dict[str, Any]:
@@ -164,7 +169,7 @@ async def test_a_cached_answer_has_a_time_to_live_and_ends_with_its_generation(
 
 
 async def test_a_user_is_never_their_own_neighbour(api: httpx.AsyncClient) -> None:
-    vectors = app.state.recommender.vectors
+    vectors = recommender_of(api).vectors
     own, *interests = await vectors.user_vectors("maria")
 
     neighbours = await vectors.neighbours("maria", own, 47)
@@ -176,7 +181,7 @@ async def test_a_user_is_never_their_own_neighbour(api: httpx.AsyncClient) -> No
 
 
 async def test_knowledge_is_read_once_a_generation(api: httpx.AsyncClient, published: Settings) -> None:
-    recommender = app.state.recommender
+    recommender = recommender_of(api)
     await ask(api, "maria")
     served = recommender._served
     await ask(api, "filmfan82")
@@ -189,11 +194,11 @@ async def test_knowledge_is_read_once_a_generation(api: httpx.AsyncClient, publi
     assert recommender._served is not served
 
 
-async def test_the_ranker_can_be_switched(published: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_ranker_can_be_switched(published: Settings) -> None:
     answers = {}
     for ranker in ("fusion", "similar_users"):
         forget_answers(published)
-        async for api in serve(published.model_copy(update={"ranker": ranker}), monkeypatch):
+        async for api in serve(published.model_copy(update={"ranker": ranker})):
             answers[ranker] = await ask(api, "maria")
             assert answers[ranker]["policy"] == ranker
     forget_answers(published)
@@ -202,10 +207,10 @@ async def test_the_ranker_can_be_switched(published: Settings, monkeypatch: pyte
     assert len({reason["source"] for one in answers["fusion"]["recommendations"] for reason in one["reasons"]}) > 2
 
 
-async def test_an_experiment_splits_the_users(published: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_experiment_splits_the_users(published: Settings) -> None:
     test = {"ranker": "fusion", "experiment_name": "autumn", "experiment_ranker": "similar_users"}
     forget_answers(published)
-    async for api in serve(published.model_copy(update={**test, "experiment_share": 0.5}), monkeypatch):
+    async for api in serve(published.model_copy(update={**test, "experiment_share": 0.5})):
         policies = [(await ask(api, f"visitor-{at}"))["policy"] for at in range(40)]
     forget_answers(published)
     assert 8 < policies.count("similar_users") < 32
@@ -214,7 +219,7 @@ async def test_an_experiment_splits_the_users(published: Settings, monkeypatch: 
 
 @pytest.mark.parametrize("has_tables", [False, True])
 async def test_before_the_first_publish_it_is_a_503_that_says_so(
-    has_tables: bool, published: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    has_tables: bool, published: Settings, tmp_path: Path
 ) -> None:
     empty = published.model_copy(update={"sqlite_path": tmp_path / "empty.db"})
     analytics = AnalyticsStore.from_settings(empty)
@@ -225,7 +230,7 @@ async def test_before_the_first_publish_it_is_a_503_that_says_so(
     analytics.engine.dispose()
     forget_answers(published)
 
-    async for api in serve(empty, monkeypatch):
+    async for api in serve(empty):
         response = await api.get("/recommendations/maria")
 
         assert response.status_code == 503
@@ -265,9 +270,7 @@ async def test_errors_are_problem_documents(api: httpx.AsyncClient, path: str, s
 
 
 @pytest.mark.parametrize("store", ["neo4j", "milvus", "analytics"])
-async def test_a_store_that_is_down_is_a_503_that_tells_nothing_internal(
-    store: str, published: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_store_that_is_down_is_a_503_that_tells_nothing_internal(store: str, published: Settings) -> None:
     [port] = free_ports(1)
     change: dict[str, Any] = {
         "neo4j": {"neo4j_uri": f"bolt://127.0.0.1:{port}"},
@@ -275,7 +278,7 @@ async def test_a_store_that_is_down_is_a_503_that_tells_nothing_internal(
         "analytics": {"sqlite_path": "/nowhere/analytics.db"},
     }[store]
 
-    async for api in serve(published.model_copy(update={**change, "store_timeout_s": 1}), monkeypatch):
+    async for api in serve(published.model_copy(update={**change, "store_timeout_s": 1})):
         response = await api.get("/recommendations/maria")
 
         assert response.status_code == 503
@@ -286,19 +289,19 @@ async def test_a_store_that_is_down_is_a_503_that_tells_nothing_internal(
         assert (await api.get("/health")).status_code == 200
 
 
-async def test_redis_down_is_slower_not_broken(published: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_redis_down_is_slower_not_broken(published: Settings) -> None:
     [port] = free_ports(1)
     down = published.model_copy(update={"redis_url": SecretStr(f"redis://127.0.0.1:{port}/0")})
-    async for api in serve(down, monkeypatch):
+    async for api in serve(down):
         first, second = [await ask(api, "maria") for _ in range(2)]
         assert first == second
         assert first["strategy"] == "personalized"
-        served = app.state.recommender._served
+        served = recommender_of(api)._served
         await ask(api, "filmfan82")
-        assert app.state.recommender._served is served  # trusted for a while
+        assert recommender_of(api)._served is served  # trusted for a while
 
 
 async def test_the_api_cannot_write_the_analytics_database(api: httpx.AsyncClient) -> None:
-    async with app.state.recommender.analytics.engine.connect() as connection:
+    async with recommender_of(api).analytics.engine.connect() as connection:
         with pytest.raises(OperationalError, match="readonly"):
             await connection.execute(text("DELETE FROM campaigns"))
