@@ -32,6 +32,13 @@ def _identifier(value: str) -> str:
 
 
 Identifier = Annotated[str, AfterValidator(_identifier)]
+
+
+def is_identifier(value: Any) -> bool:
+    """Whether it may be a user's, message's or event's id."""
+    return isinstance(value, str) and _IDENTIFIER.fullmatch(value) is not None
+
+
 CatalogId = Annotated[str, StringConstraints(pattern=r"^[^\s\p{C}\"`\\\\]([^\p{C}\"`\\\\]{0,126}[^\s\p{C}\"`\\\\])?$")]
 """An intent's or campaign's id: 1 to 128 printable characters, no quotation mark, backtick or backslash."""
 
@@ -455,6 +462,38 @@ class Recommendations(BaseModel):
     recommendations: list[Recommendation]
     excluded: list[Exclusion] | None = None
     """Campaigns, running or about to, that a rule holds back, where that was asked for."""
+
+
+ErasedStore = Literal["mongodb", "milvus", "neo4j", "analytics", "redis", "staging"]
+"""Where something of a user may be."""
+
+
+class StoreReceipt(BaseModel):
+    """What became of a user in one store."""
+
+    store: ErasedStore
+    status: Literal["erased", "pending"]
+    removed: dict[str, int]
+    """By collection, table or kind, over all attempts; those of an attempt that broke off are missing."""
+    remaining: int | None
+    """Counted after the removal: 0 where it is `erased`; null where it could not be counted."""
+    problem: str | None = None
+
+
+class ErasureReceipt(BaseModel):
+    """Answer of `DELETE /users/{user_id}`: what was removed where, and what is left to be done."""
+
+    user_id: str
+    erasure_id: str
+    """All that is kept of the user: a digest of the id."""
+    status: Literal["erased", "queued"]
+    """`erased`: nothing is left in any store. `queued`: in some it could not be done or not be verified yet; the DAG
+    `maintenance` goes on until it is."""
+    requested_at: datetime
+    settled_at: datetime | None = None
+    """When `maintenance` found nothing again, after all that was at work at the request had ended; until then it
+    looks again every hour."""
+    stores: list[StoreReceipt]
 
 
 def _epoch_ms(moment: datetime) -> int:

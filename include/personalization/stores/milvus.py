@@ -36,6 +36,7 @@ _MAX_ID_BYTES = 512  # 128 characters of up to 4 bytes
 _WRITE_ROWS = 1000  # 4 MB of 1024-d vectors: well under gRPC's 64 MB
 _READ_ROWS = 1000
 _NOT_LOADED = 101  # Milvus' error code
+_OWN_COLLECTIONS = re.compile(rf"({MESSAGES}|{USERS}|{INTERESTS})_\w+_\d+_[0-9a-f]{{8}}")
 
 
 def interest_id(user_id: str, place: int) -> str:
@@ -148,6 +149,35 @@ class VectorStore:
             )
         return int(rows[0]["count(*)"])
 
+    def erase_user(self, user_id: str) -> dict[str, int]:
+        """Delete the user's vectors in the collections of every vector space; return how many by collection."""
+        removed = self._rows_of(user_id)
+        with milvus_errors():
+            for name in removed:
+                self.client.delete(name, filter=_of_user(name, user_id), timeout=120)
+        return removed
+
+    def count_user(self, user_id: str) -> int:
+        """Vectors of the user in the collections of every vector space."""
+        return sum(self._rows_of(user_id).values())
+
+    def _rows_of(self, user_id: str) -> dict[str, int]:
+        rows = {}
+        with milvus_errors():
+            for name in filter(_OWN_COLLECTIONS.fullmatch, self.client.list_collections()):
+                if not self.client.list_indexes(name):  # killed between the two: nothing was written yet
+                    self._create_index(name)
+                self.client.load_collection(name)
+                found = self.client.query(
+                    name,
+                    filter=_of_user(name, user_id),
+                    output_fields=["count(*)"],
+                    consistency_level="Strong",
+                    timeout=60,
+                )
+                rows[name] = int(found[0]["count(*)"])
+        return rows
+
     def _check_alias(self, alias: str, name: str) -> None:
         owners = [
             owner
@@ -175,6 +205,11 @@ class VectorStore:
         index = self.client.prepare_index_params()
         index.add_index("embedding", index_type="HNSW", metric_type="COSINE", params={"M": 16, "efConstruction": 200})
         self.client.create_index(name, index)
+
+
+def _of_user(collection: str, user_id: str) -> str:
+    """No id holds a quotation mark or backslash."""
+    return f'{"id" if collection.startswith(f"{USERS}_") else "user_id"} == "{user_id}"'
 
 
 class AsyncVectorReader:

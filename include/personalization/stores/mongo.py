@@ -1,16 +1,19 @@
-"""MongoDB: the raw messages and events, the rows that were refused, and which runs were published."""
+"""MongoDB: the raw messages and events, the rows that were refused, which runs were published, and who was erased."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Literal, TypedDict
 
 from bson.errors import InvalidDocument
-from pymongo import MongoClient, ReplaceOne
+from pymongo import MongoClient, ReplaceOne, ReturnDocument
+from pymongo.collection import Collection
 from pymongo.errors import ConfigurationError, OperationFailure, PyMongoError
 
 from personalization.errors import StoreError
-from personalization.schemas import Event
+from personalization.schemas import ErasedStore, Event, erasure_id
 from personalization.settings import Settings
 
 Document = dict[str, Any]
@@ -68,7 +71,9 @@ def mongo_errors() -> Iterator[None]:
 
 
 class MongoStore:
-    """Raw messages (`conversations`) and `events`, refused rows (`quarantine`) and published runs (`runs`)."""
+    """Raw messages (`conversations`) and `events`, refused rows (`quarantine`), published runs (`runs`), and the
+    digests of erased users (`erasures`).
+    """
 
     def __init__(self, client: MongoClient[Document], database: str) -> None:
         self.client = client
@@ -78,6 +83,7 @@ class MongoStore:
         self.events = self._db["events"]
         self.quarantine = self._db["quarantine"]
         self.runs = self._db["runs"]
+        self.erasures = self._db["erasures"]
         self._records = {"message": self.conversations, "event": self.events}
 
     @classmethod
@@ -99,7 +105,9 @@ class MongoStore:
         with mongo_errors():
             self.conversations.create_index([("user_id", 1), ("timestamp", -1)])
             self.events.create_index([("run_id", 1), ("_id", 1)])
+            self.events.create_index("user_id")
             self.quarantine.create_index("run_id")
+            self.quarantine.create_index("user_id")
 
     def stored(self, kind: RecordKind, ids: Sequence[str]) -> dict[str, StoredRecord]:
         """Look up messages or events by id. One round trip; costs grow with `len(ids)`."""
@@ -174,6 +182,75 @@ class MongoStore:
             query = {f"{field}.fingerprint": {"$in": wanted}, "published_at": {"$exists": True}}
             runs = self.runs.find(query, {f"{field}.fingerprint": 1})
             return {file["fingerprint"] for run in runs for file in run[field]} & set(wanted)
+
+    def erased_among(self, user_ids: Iterable[str]) -> set[str]:
+        """Those of the users who were erased: nothing of them may be written any more. One round trip."""
+        digests = {erasure_id(user_id): user_id for user_id in user_ids}
+        with mongo_errors():
+            found = self.erasures.find({"_id": {"$in": list(digests)}}, {"_id": 1})
+            return {digests[one["_id"]] for one in found}
+
+    def request_erasure(self, user_id: str) -> Document:
+        """Refuse the user from now on, and keep the name until the erasure is settled."""
+        change = {
+            "$set": {"user_id": user_id, "status": "pending"},
+            "$setOnInsert": {"requested_at": datetime.now(UTC)},
+        }
+        return self._change_erasure(user_id, change, upsert=True)
+
+    def open_erasures(self) -> list[Document]:
+        """Those that are not settled, the oldest first."""
+        with mongo_errors():
+            found = list(self.erasures.find({"user_id": {"$exists": True}}))
+        return sorted(found, key=lambda one: one["requested_at"])
+
+    def record_erasure(
+        self, user_id: str, results: Mapping[ErasedStore, tuple[Mapping[str, int], int | None]]
+    ) -> Document:
+        """Keep what was removed (counts add up) and what remains in each store; None remains where that is unknown."""
+        is_done = all(remaining == 0 for _, remaining in results.values())
+        removed = {
+            f"stores.{store}.removed.{name}": count
+            for store, (counts, _) in results.items()
+            for name, count in counts.items()
+        }
+        remaining = {f"stores.{store}.remaining": left for store, (_, left) in results.items()}
+        change = {"$set": {"user_id": user_id, "status": "settling" if is_done else "pending", **remaining}}
+        return self._change_erasure(user_id, {**change, "$inc": removed} if removed else change)
+
+    def settle_erasure(self, user_id: str) -> Document:
+        """Forget the name; the digest stays, so that the user is refused for good."""
+        change = {"$set": {"status": "erased", "settled_at": datetime.now(UTC)}, "$unset": {"user_id": ""}}
+        return self._change_erasure(user_id, change)
+
+    def erase_user(self, user_id: str) -> dict[str, int]:
+        """Delete what is the user's; return how much by collection. Of the refused rows that are not even JSON each is
+        read, and goes if it seems to name the user.
+        """
+        with mongo_errors():
+            return {
+                collection.name: collection.delete_many(query).deleted_count
+                for collection, query in self._of_user(user_id)
+            }
+
+    def count_user(self, user_id: str) -> int:
+        """Messages, events and refused rows of the user."""
+        with mongo_errors():
+            return sum(collection.count_documents(query) for collection, query in self._of_user(user_id))
+
+    def _of_user(self, user_id: str) -> list[tuple[Collection[Document], Document]]:
+        spelled = "|".join({re.escape(user_id), re.escape(json.dumps(user_id)[1:-1])})
+        names_them = rf'"user_id"\s*:\s*"({spelled})"|(^|,)\s*({spelled})\s*(,|$)'
+        refused = {"$or": [{"user_id": user_id}, {"user_id": None, "raw": {"$regex": names_them}}]}
+        theirs = {"user_id": user_id}
+        return [(self.conversations, theirs), (self.events, theirs), (self.quarantine, refused)]
+
+    def _change_erasure(self, user_id: str, change: Document, *, upsert: bool = False) -> Document:
+        with mongo_errors():
+            changed: Document = self.erasures.find_one_and_update(
+                {"_id": erasure_id(user_id)}, change, upsert=upsert, return_document=ReturnDocument.AFTER
+            )
+        return changed
 
     def count_messages(self) -> int:
         """Number of stored messages, from the collection's own counter."""

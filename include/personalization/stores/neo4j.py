@@ -204,6 +204,24 @@ class GraphStore:
         }
         self._write(_WRITE_USERS, parameters)
 
+    def erase_user(self, user_id: str) -> dict[str, int]:
+        """Delete the user's node and edges, in one transaction; return how many."""
+        found = self._of_user(user_id)
+        self._write(["MATCH (u:User {user_id: $user_id}) DETACH DELETE u"], {"user_id": user_id})
+        return found
+
+    def count_user(self, user_id: str) -> int:
+        """Nodes and edges of the user."""
+        return sum(self._of_user(user_id).values())
+
+    def _of_user(self, user_id: str) -> dict[str, int]:
+        query: LiteralString = """
+            MATCH (u:User {user_id: $user_id}) OPTIONAL MATCH (u)-[r]-()
+            RETURN count(DISTINCT u) AS nodes, count(r) AS edges"""
+        with neo4j_errors():
+            found = self.driver.execute_query(query, user_id=user_id, database_=self._database)
+        return {"nodes": found.records[0]["nodes"], "edges": found.records[0]["edges"]}
+
     def totals(self) -> dict[str, int]:
         """Users in the graph and the sum of all EXPRESSED counts."""
         with neo4j_errors():
