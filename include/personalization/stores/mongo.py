@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 from bson.errors import InvalidDocument
 from pymongo import MongoClient, ReplaceOne, ReturnDocument
@@ -192,11 +192,7 @@ class MongoStore:
 
     def request_erasure(self, user_id: str) -> Document:
         """Refuse the user from now on, and keep the name until the erasure is settled."""
-        change = {
-            "$set": {"user_id": user_id, "status": "pending"},
-            "$setOnInsert": {"requested_at": datetime.now(UTC)},
-        }
-        return self._change_erasure(user_id, change, upsert=True)
+        return self._change_erasure(user_id, {"$set": {"user_id": user_id, "status": "pending"}})
 
     def open_erasures(self) -> list[Document]:
         """Those that are not settled, the oldest first."""
@@ -245,12 +241,16 @@ class MongoStore:
         theirs = {"user_id": user_id}
         return [(self.conversations, theirs), (self.events, theirs), (self.quarantine, refused)]
 
-    def _change_erasure(self, user_id: str, change: Document, *, upsert: bool = False) -> Document:
+    def _change_erasure(self, user_id: str, change: Document) -> Document:
+        first = {"requested_at": datetime.now(UTC)}
         with mongo_errors():
-            changed: Document = self.erasures.find_one_and_update(
-                {"_id": erasure_id(user_id)}, change, upsert=upsert, return_document=ReturnDocument.AFTER
+            changed = self.erasures.find_one_and_update(
+                {"_id": erasure_id(user_id)},
+                {**change, "$setOnInsert": first},
+                upsert=True,
+                return_document=ReturnDocument.AFTER,
             )
-        return changed
+        return cast("Document", changed)  # there, as it is made if need be
 
     def count_messages(self) -> int:
         """Number of stored messages, from the collection's own counter."""
