@@ -1,5 +1,6 @@
 """From what users did to what they are shown next: the stages `learn` and `publish`, and the answers after them."""
 
+import io
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from personalization.stores.milvus import AsyncVectorReader
 from personalization.stores.mongo import event_document
 from personalization.stores.neo4j import AsyncGraphReader
 from pydantic import SecretStr
+from sqlalchemy import create_engine, text
 
 GROUPS, EACH = 4, 7
 CATALOG = "\n".join(
@@ -155,6 +157,53 @@ def test_a_rerun_with_nothing_new_learns_nothing_until_what_is_served_is_old(
     assert stage(later, "publish")["details"]["nothing_new"] is True
     assert served(stores)[1] == later["run_id"]
     assert stores.redis.get("personalization:generation") == b"2"
+
+
+async def test_what_another_version_published_is_refused_until_the_next_run_which_replaces_it(
+    settings: Settings, stores: Stores, tmp_path: Path
+) -> None:
+    run(settings, tmp_path, event("ann", "g0-0"))
+    [(content,)] = stores.sql("SELECT content FROM served")
+    with np.load(io.BytesIO(content)) as stored:
+        older = {name: one for name, one in stored.items() if name not in ("format", "classifier", "model")}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **older)
+    engine = create_engine(f"sqlite:///{settings.sqlite_path}")
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE served SET content = :content"), {"content": buffer.getvalue()})
+    engine.dispose()
+    with pytest.raises(StoreError, match="published by another version; run the pipeline"):
+        await ask(settings, "ann")
+
+    summary = run(settings, tmp_path)
+
+    assert stage(summary, "publish")["details"]["nothing_new"] is True
+    assert served(stores)[1] == summary["run_id"]
+    assert shown(await ask(settings, "ann"))
+
+
+def test_what_is_served_reads_messages_as_the_run_did(settings: Settings, stores: Stores, tmp_path: Path) -> None:
+    moment = (datetime.now(UTC) - timedelta(days=1)).isoformat()
+    said = ["I want to book a flight to Madrid", "Is there a plane to Oslo?", "The weather is awful", "hello"]
+    rows = [
+        {"user_id": "ann", "message": one, "timestamp": moment, "message_id": f"m{at}"} for at, one in enumerate(said)
+    ]
+    run_pipeline(write_rows(tmp_path / "said.ndjson", rows), settings)
+    by_id = {row["id"]: row["embedding"] for row in stores.milvus.query("messages", filter="", limit=10)}
+
+    known, _ = served(stores)
+
+    assert known.model == settings.embedding_model
+    assert known.classifier is not None
+    vectors = np.asarray(list(by_id.values()), dtype=np.float32)
+    read = {
+        message_id: [intent_id for intent_id, _ in reading.expressed] or ["other"]
+        for message_id, reading in zip(by_id, known.classifier.classify(vectors, settings.intent_keep), strict=True)
+    }
+    assert sorted(read) == ["m0", "m1", "m2", "m3"]
+    stored = stores.sql("SELECT message_id, intent_id FROM message_intents ORDER BY 1")
+    assert stored == [(one, intent_id) for one in sorted(read) for intent_id in read[one]]
+    assert {intent_id for _, intent_id in stored} == {"flight", "other"}
 
 
 async def test_an_edited_catalog_is_served_though_there_are_no_users_yet(

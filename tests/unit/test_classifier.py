@@ -17,9 +17,10 @@ from personalization.pipeline.intents import fitted_classifier
 from personalization.schemas import Catalog
 from personalization.settings import Settings
 from personalization.staging import SHARED_FOLDER, Staging
-from personalization.understanding.classifier import IntentClassifier, Reading
+from personalization.understanding.classifier import IntentClassifier
 from personalization.understanding.command import intents_at
 from personalization.understanding.labelled import draw_examples, read_labelled
+from personalization.understanding.reader import IntentReader, Reading
 from upath import UPath
 
 DIM = 48
@@ -208,7 +209,7 @@ def test_a_text_under_two_intents_and_an_intent_of_one_repeated_text_are_taken(w
 def test_a_classifier_survives_being_written(world: World, classifier: IntentClassifier):
     _, vectors = world.said(5)
 
-    again = IntentClassifier.from_bytes(classifier.to_bytes())
+    again = IntentReader.from_bytes(classifier.to_bytes())
 
     assert again.classify(vectors, 0.9) == classifier.classify(vectors, 0.9)
 

@@ -35,14 +35,19 @@ def embed(report: StageReport, shard: Ref, *, staging: Staging, settings: Settin
 
 
 def embed_catalog(report: StageReport, *, catalog: Catalog, staging: Staging, settings: Settings) -> Ref:
-    """Stage `intent_id, embedding` of every example utterance, and what campaigns say beside it.
+    """Stage the example utterances, which are returned, and what campaigns say beside them.
 
     The files are named by their texts and the model, outside any run; where one exists, nothing is embedded for it.
     """
-    utterances = [(intent.id, example) for intent in catalog.intents for example in intent.examples]
-    staged = _embed_once("intent_id", utterances, catalog.intents_version, staging, settings, report)
+    staged = embed_utterances(report, catalog=catalog, staging=staging, settings=settings)
     embed_campaigns(report, catalog=catalog, staging=staging, settings=settings)
     return staged
+
+
+def embed_utterances(report: StageReport, *, catalog: Catalog, staging: Staging, settings: Settings) -> Ref:
+    """Stage `intent_id, embedding` of every example utterance; where that is staged, nothing is embedded."""
+    utterances = [(intent.id, example) for intent in catalog.intents for example in intent.examples]
+    return _embed_once("intent_id", utterances, catalog.intents_version, staging, settings, report)
 
 
 def embed_campaigns(report: StageReport, *, catalog: Catalog, staging: Staging, settings: Settings) -> Ref:

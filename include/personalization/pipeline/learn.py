@@ -8,9 +8,10 @@ from personalization.catalog.loading import catalog_version
 from personalization.learning.history import take_snapshot
 from personalization.learning.loading import load_history
 from personalization.learning.training import choose_ranker, past_examples
-from personalization.pipeline.embed import campaign_vectors_of, embed_campaigns
+from personalization.pipeline.embed import campaign_vectors_of, embed_campaigns, embed_utterances
+from personalization.pipeline.intents import fitted_classifier
 from personalization.pipeline.lineage import StageReport
-from personalization.recommend.knowledge import ServedKnowledge
+from personalization.recommend.knowledge import ServedKnowledge, is_current
 from personalization.recommend.ranking import LearnedRanker
 from personalization.schemas import DAY_MS, Catalog, Ref
 from personalization.settings import Settings
@@ -46,10 +47,7 @@ def learn(
     moments it was not fitted to. Costs one `load_history`, a snapshot for each of thirteen moments and two fits.
     """
     now_ms = time.time_ns() // 1_000_000
-    served_at = analytics.served_at()
-    built = analytics.serving_state()
-    is_same_catalog = built is not None and built.catalog_version == catalog_version(catalog)
-    if not user_pages and is_same_catalog and served_at is not None and now_ms - served_at < FRESH_MS:
+    if not user_pages and _is_still_good(analytics, catalog, now_ms):
         report.details = {"nothing_new": True}
         return False
     staged = embed_campaigns(report, catalog=catalog, staging=staging, settings=settings)
@@ -64,7 +62,12 @@ def learn(
     snapshot = take_snapshot(history, now_ms, upcoming_ms=UPCOMING_MS)
     choice = choose_ranker(past_examples(history, now_ms, HORIZON_MS, "any"))
     learned = choice.ranker if isinstance(choice.ranker, LearnedRanker) else None
-    content = ServedKnowledge(catalog, snapshot.campaigns, learned, choice.fusion.version).to_bytes()
+    # Kept since the stage that reads messages with it.
+    utterances = embed_utterances(report, catalog=catalog, staging=staging, settings=settings)
+    classifier = fitted_classifier(utterances).to_bytes() if utterances["rows"] else b""
+    content = ServedKnowledge(
+        catalog, snapshot.campaigns, learned, choice.fusion.version, space.model, classifier
+    ).to_bytes()
     write_atomically(staging.root / SERVED_FILE, content)
     report.rows_in = len(history.signals.at)
     report.rows_out = len(snapshot.campaigns.ids)
@@ -79,3 +82,15 @@ def learn(
     }
     log.info(f"{choice.ranker.version}: {choice.reason}")
     return True
+
+
+def _is_still_good(analytics: AnalyticsStore, catalog: Catalog, now_ms: int) -> bool:
+    """Whether what is served is of this catalog and this version of the platform, and not old."""
+    served_at = analytics.served_at()
+    built = analytics.serving_state()
+    if built is None or built.catalog_version != catalog_version(catalog):
+        return False
+    if served_at is None or now_ms - served_at >= FRESH_MS:
+        return False
+    content = analytics.served_content()
+    return content is not None and is_current(content)

@@ -12,10 +12,9 @@ intent is taken out, is read again: if it points to another intent more clearly 
 express one intent, the message expresses that one as well.
 """
 
-import io
 import warnings
-from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, Self, cast
+from dataclasses import replace
+from typing import Self
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -24,11 +23,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-Floats = np.ndarray[Any, np.dtype[np.float32]]
-Doubles = np.ndarray[Any, np.dtype[np.float64]]
-Integers = np.ndarray[Any, np.dtype[np.int64]]
+from personalization.understanding.reader import Calibration, Fit, Floats, Integers, IntentReader
 
-TOP = 5
 _INVERSE_PENALTY = 30.0
 _ITERATIONS = 100
 _TOLERANCE = 3e-5
@@ -43,88 +39,10 @@ _COSINE_SPREAD = 0.1
 _TEMPERATURE_OF_FEW = 0.5
 _TEMPERATURES = (0.25, 4.0)  # without a least one, examples that are all told apart would make it 0
 _ALONE = 0.98
-_BAR = 0.3
-_BAR_OF_BEST = 0.6
 
 
-class Reading(NamedTuple):
-    """What one message expresses."""
-
-    top: list[tuple[str, float]]
-    """The likeliest intents and their probabilities given that the message is in scope, best first."""
-    expressed: list[tuple[str, float]]
-    """Those it is held to express, likeliest first; none where it is out of scope. An intent found in what the
-    likeliest one leaves of the message comes last, with its probability in what is left."""
-    out_of_scope: float
-    """In [0, 1]; from 0.5 on the message is out of scope."""
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """What one set of examples gives."""
-
-    logit_weights: Floats
-    logit_bias: Floats
-    discriminant_weights: Floats
-    discriminant_bias: Floats
-    examples: Floats
-    """Sorted by intent."""
-    directions: Floats
-    """Unit length: the mean of each intent's examples, shape (intents, dim)."""
-    starts: Integers
-    """Where each intent's examples begin, and the end of the last."""
-
-    def logits(self, vectors: Floats) -> Floats:
-        """Shape (n, intents)."""
-        return cast("Floats", vectors @ self.logit_weights + self.logit_bias)
-
-    def evidence(self, vectors: Floats, logits: Floats) -> Floats:
-        """Largest discriminant score and cosine to the nearest example of the likeliest intent, shape (n, 2)."""
-        discriminant = (vectors @ self.discriminant_weights + self.discriminant_bias).max(axis=1)
-        likeliest = logits.argmax(axis=1)
-        cosine = np.empty(len(vectors), dtype=np.float32)
-        order = np.argsort(likeliest, kind="stable")
-        bounds = np.searchsorted(likeliest[order], np.arange(len(self.logit_bias) + 1))
-        for intent in np.unique(likeliest):
-            rows = order[bounds[intent] : bounds[intent + 1]]
-            own = self.examples[self.starts[intent] : self.starts[intent + 1]]
-            cosine[rows] = (vectors[rows] @ own.T).max(axis=1)
-        return np.stack([discriminant, cosine], axis=1)
-
-    def leftover_logits(self, vectors: Floats, likeliest: Integers) -> Floats:
-        """Logits of what the likeliest intent's direction leaves of each vector, that intent ruled out."""
-        direction = self.directions[likeliest]
-        rest = vectors - (vectors * direction).sum(axis=1, keepdims=True) * direction
-        rest /= np.maximum(np.linalg.norm(rest, axis=1, keepdims=True), _TINY)
-        logits = self.logits(rest)
-        logits[np.arange(len(vectors)), likeliest] = -np.inf
-        return logits
-
-
-@dataclass(frozen=True)
-class _Calibration:
-    """What held-out examples teach."""
-
-    temperature: float
-    alone: float
-    """Probability of the second intent in what is left, untempered, above which a message expresses it."""
-    location: Floats
-    scale: Floats
-    in_scope: Doubles
-    """Scores of the examples, ascending."""
-
-    def scores(self, evidence: Floats) -> Doubles:
-        """How far in scope: standardised evidence, summed, shape (n,)."""
-        return cast("Doubles", ((evidence - self.location) / self.scale).sum(axis=1, dtype=np.float64))
-
-
-class IntentClassifier:
+class IntentClassifier(IntentReader):
     """Fitted on example utterances; says of each message what it expresses."""
-
-    def __init__(self, intent_ids: list[str], fit: _Fit, calibration: _Calibration) -> None:
-        self.intent_ids = intent_ids
-        self._fit = fit
-        self._calibration = calibration
 
     @classmethod
     def fit(cls, intent_ids: list[str], vectors: Floats) -> Self:
@@ -137,73 +55,6 @@ class IntentClassifier:
         # Threads wait for each other longer than these small products take.
         with threadpool_limits(limits=1, user_api="blas"):
             return cls(ids, _fit(examples, intents, len(ids)), _calibrate(examples, intents, len(ids)))
-
-    def classify(self, vectors: Floats, keep: float) -> list[Reading]:
-        """Read the unit vectors, shape (n, dim), so that a share of `keep` of messages in scope is held to be so.
-
-        A message in scope expresses its likeliest intent, every other that is likely enough and nearly as likely,
-        and one that what is left of the message points to. O(n · intents · dim).
-        """
-        if not self.intent_ids or not len(vectors):
-            return [Reading([], [], 1.0) for _ in vectors]
-        calibration = self._calibration
-        vectors = np.ascontiguousarray(vectors[:, : self._fit.examples.shape[1]])
-        logits = self._fit.logits(vectors)
-        scores = calibration.scores(self._fit.evidence(vectors, logits))
-        margin = scores - np.quantile(calibration.in_scope, 1 - keep)
-        probabilities = softmax(logits / calibration.temperature, axis=1)
-        top = np.argsort(-probabilities, axis=1, kind="stable")[:, :TOP]
-        likely = np.take_along_axis(probabilities, top, axis=1)
-        counts = (likely >= np.maximum(_BAR, _BAR_OF_BEST * likely[:, :1])).sum(axis=1)
-        counts = np.where(margin > 0, np.maximum(counts, 1), 0)
-        seconds, clear = self._seconds(vectors, top[:, 0])
-        seconds = np.where(margin > 0, seconds, -1)
-        out_of_scope = 0.5 - 0.5 * margin / (1 + np.abs(margin))  # of no exponential: it must not saturate
-        columns = (top, likely, counts, seconds, clear, out_of_scope)
-        return [self._reading(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
-
-    def _seconds(self, vectors: Floats, likeliest: Integers) -> tuple[Integers, Floats]:
-        """The intent that what is left of each message points to clearly, else -1, and its probability there."""
-        if len(self.intent_ids) == 1:
-            return np.full(len(vectors), -1), np.zeros(len(vectors), dtype=np.float32)
-        logits = self._fit.leftover_logits(vectors, likeliest)
-        clear = softmax(logits, axis=1).max(axis=1) > self._calibration.alone
-        probabilities = softmax(logits / self._calibration.temperature, axis=1)
-        return np.where(clear, logits.argmax(axis=1), -1), probabilities.max(axis=1)
-
-    def _reading(
-        self, places: list[int], likely: list[float], count: int, second: int, clear: float, out_of_scope: float
-    ) -> Reading:
-        top = [(self.intent_ids[place], probability) for place, probability in zip(places, likely, strict=True)]
-        expressed = top[:count]
-        if second >= 0 and second not in places[:count]:
-            expressed.append((self.intent_ids[second], clear))
-        return Reading(top, expressed, out_of_scope)
-
-    def to_bytes(self) -> bytes:
-        """The fitted classifier as arrays in NumPy's `.npz`, without pickle."""
-        buffer = io.BytesIO()
-        np.savez(
-            buffer,
-            intent_ids=np.asarray(self.intent_ids, dtype=np.str_),
-            **vars(self._fit),
-            **vars(self._calibration),
-        )
-        return buffer.getvalue()
-
-    @classmethod
-    def from_bytes(cls, content: bytes) -> Self:
-        """What `to_bytes` made.
-
-        Raises:
-            ValueError, KeyError, zipfile.BadZipFile: it is not that.
-        """
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            fit = _Fit(**{field.name: arrays[field.name] for field in fields(_Fit)})
-            learnt = {field.name: arrays[field.name] for field in fields(_Calibration)}
-            learnt |= {name: array.item() for name, array in learnt.items() if array.ndim == 0}
-            calibration = _Calibration(**learnt)
-            return cls(arrays["intent_ids"].tolist(), fit, calibration)
 
 
 def _sorted(intent_ids: list[str], vectors: Floats) -> tuple[list[str], Floats, Integers]:
@@ -221,7 +72,7 @@ def _sorted(intent_ids: list[str], vectors: Floats) -> tuple[list[str], Floats, 
     return ids, np.ascontiguousarray(vectors[rows, :width], dtype=np.float32), intents
 
 
-def _fit(examples: Floats, intents: Integers, count: int) -> _Fit:
+def _fit(examples: Floats, intents: Integers, count: int) -> Fit:
     """Fit both models on examples sorted by intent. Every intent weighs the same, however many examples it has."""
     width = examples.shape[1]
     counts = np.bincount(intents, minlength=count)
@@ -253,10 +104,10 @@ def _fit(examples: Floats, intents: Integers, count: int) -> _Fit:
     bias = -0.5 * (means * weights.T).sum(axis=1)
     bias[counts == 0] = -np.inf
     directions = means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), _TINY)
-    return _Fit(logit_weights, logit_bias, weights, bias, examples, directions, starts)
+    return Fit(logit_weights, logit_bias, weights, bias, examples, directions, starts)
 
 
-def _calibrate(examples: Floats, intents: Integers, count: int) -> _Calibration:
+def _calibrate(examples: Floats, intents: Integers, count: int) -> Calibration:
     """Cross-validate. An intent's only example is left out: nothing is left to know it by."""
     counts = np.bincount(intents, minlength=count)
     starts = np.cumsum(counts) - counts
@@ -266,7 +117,7 @@ def _calibrate(examples: Floats, intents: Integers, count: int) -> _Calibration:
     has_another = counts[intents] > 1
     if has_another.sum() < _ENOUGH:
         location, scale = np.array([[0, _COSINE_OF_FEW], [np.inf, _COSINE_SPREAD]], dtype=np.float32)
-        return _Calibration(_TEMPERATURE_OF_FEW, 1.0, location, scale, np.zeros(1))
+        return Calibration(_TEMPERATURE_OF_FEW, 1.0, location, scale, np.zeros(1))
     logits = np.empty((len(examples), count), dtype=np.float32)
     left = np.empty_like(logits)
     evidence = np.empty((len(examples), 2), dtype=np.float32)
@@ -282,7 +133,7 @@ def _calibrate(examples: Floats, intents: Integers, count: int) -> _Calibration:
     temperature = _temperature(logits, intents[has_another])
     alone = float(np.quantile(softmax(left, axis=1).max(axis=1), _ALONE)) if count > 1 else 1.0
     location, scale = evidence.mean(axis=0), np.maximum(evidence.std(axis=0), _TINY)
-    calibration = _Calibration(temperature, alone, location, scale, np.zeros(0))
+    calibration = Calibration(temperature, alone, location, scale, np.zeros(0))
     return replace(calibration, in_scope=np.sort(calibration.scores(evidence)))
 
 

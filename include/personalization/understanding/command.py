@@ -17,8 +17,9 @@ from personalization.encoder import Encoder, get_encoder
 from personalization.errors import CatalogError
 from personalization.schemas import OTHER_INTENT, Intent
 from personalization.settings import Settings
-from personalization.understanding.classifier import IntentClassifier, Reading
+from personalization.understanding.classifier import IntentClassifier
 from personalization.understanding.labelled import draw_examples, read_labelled
+from personalization.understanding.reader import Reading
 
 _BATCH = 1024
 _PASSED_ON = ("message_id", "user_id")
