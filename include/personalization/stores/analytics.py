@@ -27,6 +27,7 @@ from sqlalchemy import (
     Numeric,
     Select,
     String,
+    Table,
     case,
     create_engine,
     delete,
@@ -575,6 +576,32 @@ class AnalyticsStore:
         )
         with analytics_errors(), self.engine.connect() as connection:
             return connection.execute(count).scalar_one()
+
+    def erase_user(self, user_id: str) -> dict[str, int]:
+        """Delete the user's rows of every table, in one transaction; return how many by table.
+
+        The campaigns' totals count them until they are refreshed.
+        """
+        with analytics_errors(), self.engine.begin() as connection:
+            return {
+                table.name: connection.execute(delete(table).where(table.c.user_id == user_id)).rowcount
+                for table in self._tables_of_users(connection)
+            }
+
+    def count_user(self, user_id: str) -> int:
+        """Rows of the user in all tables."""
+        with analytics_errors(), self.engine.connect() as connection:
+            return sum(
+                connection.execute(
+                    select(func.count()).select_from(table).where(table.c.user_id == user_id)
+                ).scalar_one()
+                for table in self._tables_of_users(connection)
+            )
+
+    @staticmethod
+    def _tables_of_users(connection: Connection) -> list[Table]:
+        there = inspect(connection).get_table_names()  # none before the first run
+        return [one for one in Base.metadata.sorted_tables if "user_id" in one.c and one.name in there]
 
     def count_users_without_intent(self) -> int:
         """Users who have messages but expressed no intent: nothing they said is in the graph."""
