@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from personalization.errors import StagingError
+from personalization.errors import StagingError, StoreError
 from personalization.schemas import Ref
-from personalization.staging import Staging, read, read_column, write_atomically
+from personalization.staging import Staging, count_staged, erase_staged, read, read_column, write_atomically
 from upath import UPath
 
 DAY_S = 86_400
@@ -241,6 +241,96 @@ def test_files_beside_the_runs_are_left_alone(tmp_path: Path):
 
 def test_there_may_be_nothing_to_prune(tmp_path: Path):
     assert Staging(str(tmp_path / "never written"), "current").prune(0) == 0
+
+
+# --- erased users
+
+
+def rows_of(*users: str) -> pa.Table:
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array([1.0] * 2 * len(users), pa.float32()), 2)
+    return pa.table({"user_id": pa.array(users, pa.string()), "text": list(users), "embedding": vectors})
+
+
+def test_erased_users_are_in_no_file_of_any_run_and_others_are_untouched(tmp_path: Path):
+    runs = [Staging(str(tmp_path), run_id) for run_id in ("first", "second")]
+    for run in runs:
+        run.write("messages/000000.parquet", rows_of("ann", "bob", "ann", "anna"))
+        run.write("users/000000.parquet", pa.table({"user_id": ["bob", "zoë"]}))
+    catalog = Staging(str(tmp_path), "catalog").write("utterances.parquet", table(1, 2))
+    bobs = Path(str(runs[0].root)) / "users" / "000000.parquet"
+    before = bobs.read_bytes()
+
+    assert count_staged(str(tmp_path), ["ann", "carl"]) == {"ann": 4}
+    assert erase_staged(str(tmp_path), ["ann", "carl"]) == {"ann": 4}
+    assert erase_staged(str(tmp_path), ["ann", "carl"]) == count_staged(str(tmp_path), ["ann"]) == {}
+
+    assert count_staged(str(tmp_path), ["bob", "anna", "zoë"]) == {"bob": 4, "anna": 2, "zoë": 2}
+    assert bobs.read_bytes() == before
+    assert read(catalog).equals(table(1, 2))
+
+
+def test_a_reference_from_before_an_erasure_stays_good(staging: Staging, tmp_path: Path):
+    ref = staging.write("messages/000000.parquet", rows_of("ann", "bob", "carl"))
+    base = str(tmp_path / "staging")
+
+    erase_staged(base, ["ann"])
+    between = staging.find("messages/000000.parquet")
+    erase_staged(base, ["carl"])
+
+    assert between is not None
+    for one in (ref, between):
+        assert read(one).equals(rows_of("bob"))
+    erase_staged(base, ["bob"])
+    assert read(ref).equals(rows_of())
+
+
+def test_what_a_task_makes_of_a_file_without_erased_users_stands_for_no_other(staging: Staging, tmp_path: Path):
+    ref = staging.write("messages/000000.parquet", rows_of("ann", "bob"))
+    erase_staged(str(tmp_path / "staging"), ["ann"])
+    made = staging.write("embedded/000000.parquet", read(ref).drop_columns("text"))
+
+    with pytest.raises(StagingError, match="not the one"):
+        read(Ref(uri=made["uri"], rows=2, sha256=ref["sha256"]))
+
+
+def test_a_damaged_file_is_refused_after_an_erasure_too(staging: Staging, tmp_path: Path):
+    ref = staging.write("messages/000000.parquet", rows_of("ann", "bob"))
+    erase_staged(str(tmp_path / "staging"), ["ann"])
+    path = Path(ref["uri"])
+    content = path.read_bytes()
+    at = content.index(b"bob")
+    for damaged in (content[:-1], content[: at + 1] + b"u" + content[at + 2 :]):
+        path.write_bytes(damaged)
+
+        with pytest.raises(StagingError, match="not the one that was handed over"):
+            read(ref)
+
+
+def test_an_erasure_deletes_what_a_killed_task_left_aside_but_not_what_is_being_written(tmp_path: Path):
+    folder = tmp_path / "run" / "messages"
+    folder.mkdir(parents=True)
+    left, written = folder / ".000000.parquet.17", folder / ".000001.parquet.18"
+    for path in (left, written):
+        path.write_bytes(b"half a file")
+    os.utime(left, (time.time() - 7200,) * 2)
+
+    erase_staged(str(tmp_path), ["ann"])
+
+    assert [path.name for path in folder.iterdir()] == [written.name]
+
+
+def test_a_staged_file_that_nobody_can_read_keeps_an_erasure_from_being_called_done(tmp_path: Path):
+    path = tmp_path / "run" / "a.parquet"
+    path.parent.mkdir()
+    path.write_bytes(b"no parquet")
+
+    for work in (erase_staged, count_staged):
+        with pytest.raises(StoreError, match=f"{path}.*delete it"):
+            work(str(tmp_path), ["ann"])
+
+
+def test_there_may_be_nothing_staged_to_erase_from(tmp_path: Path):
+    assert erase_staged(str(tmp_path / "never written"), ["ann"]) == {}
 
 
 # --- names of runs
