@@ -22,9 +22,11 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=F
 stack_app = typer.Typer(help="The embedded local stack: stores, Airflow, API and dashboard.", no_args_is_help=True)
 catalog_app = typer.Typer(help="The catalog of intents and campaigns: check it, propose one.", no_args_is_help=True)
 experiment_app = typer.Typer(help="What experiments and exploration say, from the events.", no_args_is_help=True)
+keys_app = typer.Typer(help="Keys of those who may ask the API.", no_args_is_help=True)
 app.add_typer(stack_app, name="stack")
 app.add_typer(catalog_app, name="catalog")
 app.add_typer(experiment_app, name="experiment")
+app.add_typer(keys_app, name="keys")
 
 console = Console()
 
@@ -341,6 +343,21 @@ def compare_policies(
         typer.echo(json.dumps(plain(found), indent=2))
     else:
         print_estimates(found, reward, console)
+
+
+@keys_app.command("new")
+def new_api_key(
+    name: Annotated[str, typer.Option(help="Who bears it; its requests are counted and logged under that name.")],
+    scopes: Annotated[
+        str, typer.Option(help="By comma: read (ask), write (send events), erase (delete a user).")
+    ] = "read",
+) -> None:
+    """Draw a key for the API. It is shown this once: the server keeps its SHA-256 alone."""
+    from personalization.keys import new_key
+
+    secret, key = new_key(name, [one.strip() for one in scopes.split(",")])
+    typer.echo(f"The key, for {name}. Nothing can show it again:\n\n  {secret}\n")
+    typer.echo(f"For the API; several are parted by a comma:\n\n  API_KEYS={key}")
 
 
 def _settings_with(model: str | None) -> "Settings":

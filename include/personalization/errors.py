@@ -33,6 +33,10 @@ class StagingError(PersonalizationError):
     """A staged file is missing or is not what its reference says."""
 
 
+class SettingsError(PersonalizationError):
+    """A setting is missing, or cannot be what it says. Repeats no secret."""
+
+
 class StoreError(PersonalizationError):
     """A store is down, refuses the credentials, or refuses the operation.
 

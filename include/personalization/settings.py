@@ -79,6 +79,10 @@ class Settings(BaseSettings):
     )
 
     # --- serving
+    answer_timeout_s: float = Field(default=2.0, gt=0, description="Longest that an answer of the API may take.")
+    answer_store_timeout_s: float = Field(
+        default=0.5, gt=0, description="Longest that one store may take for it; after that it is left out and named."
+    )
     cache_ttl_s: int = Field(default=300, ge=1)
     neighbours: int = Field(default=50, ge=0, le=1000, description="Similar users that are asked for campaigns.")
     ranker: Literal["auto", "fusion", "similar_users"] = Field(
@@ -91,6 +95,26 @@ class Settings(BaseSettings):
     experiment_name: str = Field(default="", max_length=64, description="Names the A/B split; a new name draws anew.")
     experiment_ranker: Literal["", "auto", "fusion", "similar_users"] = ""
     experiment_share: float = Field(default=0.1, ge=0, le=1, description="Share of users who get EXPERIMENT_RANKER.")
+
+    # --- the API's surface
+    api_auth: Literal["keys", "off"] = Field(
+        default="keys", description="off: no key is asked for, and only clients of this machine are served."
+    )
+    api_keys: SecretStr = Field(
+        default=SecretStr(""), description="name:scopes:sha256hex, by comma; `personalization keys new` makes one."
+    )
+    rate_limit: str = Field(
+        default="600/second",
+        pattern=r"^[1-9]\d*/(second|minute|hour|day)$",
+        description="Requests of one key that a process of the API takes.",
+    )
+    max_body_bytes: int = Field(default=1_048_576, ge=1024, description="Largest body of a request.")
+    max_in_flight: int = Field(
+        default=256, ge=1, description="Requests answered at once; beyond them the API says 503 at once."
+    )
+    cors_origins: str = Field(
+        default="", description="Origins, by comma, whose pages may ask from a browser, such as https://shop.example."
+    )
 
     @property
     def analytics_database(self) -> URL:

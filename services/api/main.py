@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
@@ -13,7 +12,8 @@ from personalization.stores.cache import AsyncCache
 from personalization.stores.milvus import AsyncVectorReader
 from personalization.stores.neo4j import AsyncGraphReader
 
-from services.api.problems import Problem, add_problem_handlers
+from services.api.base import base_app
+from services.api.logs import configure_logs
 from services.api.routes import operations, recommendations
 
 ROUTERS: tuple[APIRouter, ...] = (recommendations.router, operations.router)
@@ -23,7 +23,13 @@ UNVERSIONED = ("/recommendations/{user_id}", "/health")
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Open the clients with the app, close them with it."""
+    """Open the clients with the app, close them with it.
+
+    Raises:
+        SettingsError: nobody could ask this API.
+    """
+    configure_logs()
+    app.state.gate.check()
     settings: Settings = app.state.settings
     recommender = Recommender(
         cache=AsyncCache.from_settings(settings),
@@ -33,6 +39,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         settings=settings,
     )
     app.state.recommender = recommender
+    app.state.readiness = operations.Readiness(recommender)
+    operations.watch(app.state.metrics, recommender)
     yield
     await recommender.cache.client.aclose()
     await recommender.vectors.close()
@@ -42,26 +50,11 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 def create_app(settings: Settings) -> FastAPI:
     """The app with these settings. It opens nothing before its lifespan begins."""
-    app = FastAPI(
-        title="Personalization Platform",
-        summary="Which campaigns are worth showing to a user, and why.",
-        version="0.1.0",
-        lifespan=lifespan,
-    )
-    app.state.settings = settings
-    add_problem_handlers(app)
+    app = base_app(settings, lifespan)
     unversioned = APIRouter(routes=[one for router in ROUTERS for one in router.routes if _is_unversioned(one)])
     app.include_router(unversioned)  # first, as the hottest path is one of them
     for router in ROUTERS:
         app.include_router(router, prefix="/v1")
-    plain = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = plain()
-        document["components"]["schemas"].setdefault("Problem", Problem.model_json_schema())
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]
     return app
 
 

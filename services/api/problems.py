@@ -1,18 +1,20 @@
-"""Errors as RFC 9457 `application/problem+json`. Nothing internal is told; the log has it."""
+"""Errors as RFC 9457 `application/problem+json`. Nothing internal is told, and nothing that was sent is repeated."""
 
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
 import structlog
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from personalization.errors import StoreError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 MEDIA_TYPE = "application/problem+json"
 _RETRY_AFTER_S = 5
+_TOLD = 10
+"""Problems of one body that are named."""
 
 log = structlog.get_logger(__name__)
 
@@ -29,51 +31,59 @@ class Problem(BaseModel):
 _MEANINGS = {
     400: "The body is not JSON.",
     401: "No API key, or one that is not known.",
-    403: "The API key lacks the scope, or the client may not come from there.",
+    403: "The key lacks the scope; or there are no keys, and the client is on another machine.",
     404: "There is no such thing.",
     413: "The body is larger than MAX_BODY_BYTES.",
     422: "An id, a parameter or the body is not valid; `detail` says which.",
     429: "Too many requests with this key; try again after `Retry-After` seconds.",
-    500: "Something went wrong here; the log has it under the request's id.",
     503: "Too busy, or a store does not answer; try again after `Retry-After` seconds.",
 }
+_PLAIN = {404: "There is nothing at this path.", 405: "This path does not take this method; `Allow` says which."}
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's `responses` for these statuses. `add_problem_handlers` brings the schema they refer to."""
+    """OpenAPI's `responses` for these statuses. The app's document brings the schema they refer to."""
     content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
     return {status: {"description": _MEANINGS[status], "content": content} for status in statuses}
 
 
 def add_problem_handlers(app: FastAPI) -> None:
-    """Make every error of the app a problem document."""
+    """Make every error of the app a problem document; what nobody foresaw is the shell's."""
     app.exception_handler(StoreError)(_store_error)
     app.exception_handler(RequestValidationError)(_validation_error)
     app.exception_handler(HTTPException)(_http_error)
-    app.exception_handler(Exception)(_unexpected_error)
 
 
-async def _store_error(request: Request, error: StoreError) -> JSONResponse:
-    log.error("store error", path=request.url.path, problem=str(error))
+def problem(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
+    """The answer of an error."""
+    content = Problem(title=HTTPStatus(status).phrase, status=status, detail=detail)
+    return Response(content.model_dump_json(), status, headers, media_type=MEDIA_TYPE)
+
+
+async def _store_error(request: Request, error: StoreError) -> Response:  # noqa: ARG001
+    log.error("store error", store=error.store, problem=str(error))
     detail = f"The {error.store} store does not answer, or no run has been published yet."
-    return _problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, headers={"Retry-After": str(_RETRY_AFTER_S)})
+    return problem(503, detail, {"Retry-After": str(_RETRY_AFTER_S)})
 
 
-async def _validation_error(request: Request, error: RequestValidationError) -> JSONResponse:  # noqa: ARG001
-    problems = (f"{one['loc'][-1]}: {one['msg'].removeprefix('Value error, ')}" for one in error.errors())
-    return _problem(HTTPStatus.UNPROCESSABLE_ENTITY, "; ".join(problems))
+async def _validation_error(request: Request, error: RequestValidationError) -> Response:  # noqa: ARG001
+    found = [_told(one) for one in error.errors()]
+    more = [f"and {len(found) - _TOLD} more"] if len(found) > _TOLD else []
+    return problem(422, "; ".join([*found[:_TOLD], *more]))
 
 
-async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
-    detail = f"{request.method} {request.url.path}: {error.detail}"
-    return _problem(HTTPStatus(error.status_code), detail, headers=error.headers)
+async def _http_error(request: Request, error: HTTPException) -> Response:  # noqa: ARG001
+    is_default = error.detail == HTTPStatus(error.status_code).phrase
+    detail = _PLAIN.get(error.status_code, error.detail) if is_default else error.detail
+    return problem(error.status_code, detail, error.headers)
 
 
-async def _unexpected_error(request: Request, error: Exception) -> JSONResponse:
-    log.error("unexpected error", path=request.url.path, exc_info=error)
-    return _problem(HTTPStatus.INTERNAL_SERVER_ERROR, "Something went wrong here; it has been logged.")
-
-
-def _problem(status: HTTPStatus, detail: str, headers: Any = None) -> JSONResponse:
-    content = Problem(title=status.phrase, status=status, detail=detail).model_dump()
-    return JSONResponse(content, status, headers, media_type=MEDIA_TYPE)
+def _told(error: Mapping[str, Any]) -> str:
+    """Where it is and what is asked for. A name that the sender made up, or a value, is not repeated."""
+    place = [str(part) for part in error["loc"][1:]] or [str(error["loc"][0])]
+    message: str = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        place[-1] = "another field"
+    elif error["type"] == "union_tag_invalid":
+        message = f"must be one of {error['ctx']['expected_tags']}"
+    return f"{'.'.join(place)}: {message}"

@@ -82,7 +82,8 @@ def test_the_core_knows_nothing_of_what_runs_it():
 @pytest.mark.parametrize("place", ["services", "dashboards"])
 def test_what_serves_imports_only_what_is_there_to_be_served(place: str):
     allowed = [
-        f"personalization.{part}" for part in ("recommend", "stores", "quality", "settings", "schemas", "errors")
+        f"personalization.{part}"
+        for part in ("recommend", "stores", "quality", "keys", "settings", "schemas", "errors")
     ]
     found = own_imports(PROJECT / place)
 
@@ -142,6 +143,7 @@ def test_parts_of_the_core_that_do_not_know_each_other(place: str, forbidden: li
             ["schemas", "errors", "settings", "encoder", "reading", "staging", "understanding", "catalog.loading"],
         ),
         ("staging.py", ["schemas", "errors"]),
+        ("keys.py", ["errors"]),
         ("settings.py", []),
         ("schemas.py", []),
         ("errors.py", []),
