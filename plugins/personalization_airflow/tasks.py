@@ -101,10 +101,10 @@ def upsert_vectors(shard: Ref) -> None:
     from personalization.pipeline import vectors
 
     from personalization_airflow.stage import stage
-    from personalization_airflow.stores import vector_store
+    from personalization_airflow.stores import mongo_store, vector_store
 
-    with stage("upsert_vectors") as s, vector_store() as store:
-        vectors.upsert_vectors(s.report, shard, space=s.space, vectors=store)
+    with stage("upsert_vectors") as s, mongo_store(s.settings) as mongo, vector_store() as store:
+        vectors.upsert_vectors(s.report, shard, space=s.space, mongo=mongo, vectors=store)
 
 
 def detect_intents(shards: Sequence[Ref] | None, utterances: Ref) -> list[Ref]:
@@ -112,15 +112,21 @@ def detect_intents(shards: Sequence[Ref] | None, utterances: Ref) -> list[Ref]:
     from personalization.pipeline import intents
 
     from personalization_airflow.stage import stage
-    from personalization_airflow.stores import analytics_store, vector_store
+    from personalization_airflow.stores import analytics_store, mongo_store, vector_store
 
-    with stage("detect_intents") as s, analytics_store(s.settings) as analytics, vector_store() as vectors:
+    with (
+        stage("detect_intents") as s,
+        mongo_store(s.settings) as mongo,
+        analytics_store(s.settings) as analytics,
+        vector_store() as vectors,
+    ):
         return intents.detect_intents(
             s.report,
             list(shards or []),  # None where nothing was mapped
             utterances,
             catalog=s.catalog,
             space=s.space,
+            mongo=mongo,
             analytics=analytics,
             vectors=vectors,
             staging=s.staging,
@@ -133,14 +139,15 @@ def build_graph(user_page: Ref) -> None:
     from personalization.pipeline import graph
 
     from personalization_airflow.stage import stage
-    from personalization_airflow.stores import analytics_store, graph_store
+    from personalization_airflow.stores import analytics_store, graph_store, mongo_store
 
     with (
         stage("build_graph") as s,
+        mongo_store(s.settings) as mongo,
         analytics_store(s.settings) as analytics,
         graph_store(s.settings) as store,
     ):
-        graph.build_graph(s.report, user_page, analytics=analytics, graph=store, settings=s.settings)
+        graph.build_graph(s.report, user_page, mongo=mongo, analytics=analytics, graph=store, settings=s.settings)
 
 
 def roll_up_engagement(user_pages: list[Ref]) -> None:
@@ -159,10 +166,17 @@ def refresh_profiles() -> None:
     from personalization.pipeline import vectors
 
     from personalization_airflow.stage import stage
-    from personalization_airflow.stores import analytics_store, vector_store
+    from personalization_airflow.stores import analytics_store, mongo_store, vector_store
 
-    with stage("refresh_profiles") as s, analytics_store(s.settings) as analytics, vector_store() as store:
-        vectors.refresh_profiles(s.report, space=s.space, analytics=analytics, vectors=store, settings=s.settings)
+    with (
+        stage("refresh_profiles") as s,
+        mongo_store(s.settings) as mongo,
+        analytics_store(s.settings) as analytics,
+        vector_store() as store,
+    ):
+        vectors.refresh_profiles(
+            s.report, space=s.space, mongo=mongo, analytics=analytics, vectors=store, settings=s.settings
+        )
 
 
 def learn(user_pages: list[Ref]) -> bool:

@@ -248,7 +248,8 @@ def test_there_may_be_nothing_to_prune(tmp_path: Path):
 
 def rows_of(*users: str) -> pa.Table:
     vectors = pa.FixedSizeListArray.from_arrays(pa.array([1.0] * 2 * len(users), pa.float32()), 2)
-    return pa.table({"user_id": pa.array(users, pa.string()), "text": list(users), "embedding": vectors})
+    ids = pa.array(users, pa.string())
+    return pa.table({"user_id": ids, "text": ids, "embedding": vectors})
 
 
 def test_erased_users_are_in_no_file_of_any_run_and_others_are_untouched(tmp_path: Path):

@@ -37,7 +37,7 @@ def ingest(
 ) -> list[Ref]:
     """Take the files and return the staged shards: `id, user_id, timestamp (epoch ms), text`.
 
-    Per 1,000 rows: one look-up, and one bulk write where anything is new. Memory is bounded by the shard.
+    Per 1,000 rows: two look-ups, and one bulk write where anything is new. Memory is bounded by the shard.
 
     Raises:
         InputError: a file cannot be taken, or too many of its rows; see `Taker.take`.

@@ -18,6 +18,7 @@ from personalization.settings import Settings
 from personalization.staging import Staging, read, write_atomically
 from personalization.stores.analytics import AnalyticsStore
 from personalization.stores.milvus import MESSAGES, VectorSpace, VectorStore
+from personalization.stores.mongo import MongoStore
 from personalization.understanding import CLASSIFIER_VERSION
 from personalization.understanding.classifier import IntentClassifier
 
@@ -31,6 +32,7 @@ def detect_intents(
     *,
     catalog: Catalog,
     space: VectorSpace,
+    mongo: MongoStore,
     analytics: AnalyticsStore,
     vectors: VectorStore,
     staging: Staging,
@@ -48,12 +50,12 @@ def detect_intents(
     if intents_changed:
         for known in analytics.all_messages(settings.shard_rows):
             log.info(f"the catalog's intents changed: classifying {len(known):,} stored messages again")
-            _keep(report, analytics, _with_vectors(known, space, vectors), classifier, settings.intent_keep)
+            _keep(report, mongo, analytics, _with_vectors(known, space, vectors), classifier, settings.intent_keep)
     for shard in shards:
         table = read(shard)
         messages = table.select(["id", "user_id", "timestamp"]).to_pylist()
         of_run = [{**message, "run_id": run_id} for message in messages]
-        _keep(report, analytics, (of_run, embeddings_of(table)), classifier, settings.intent_keep)
+        _keep(report, mongo, analytics, (of_run, embeddings_of(table)), classifier, settings.intent_keep)
 
     catalog_changed = intents_changed or built is None or built.catalog_version != catalog_version(catalog)
     pages = analytics.users(None if catalog_changed else run_id, settings.shard_rows)
@@ -80,12 +82,18 @@ def fitted_classifier(utterances: Ref) -> IntentClassifier:
 
 def _keep(
     report: StageReport,
+    mongo: MongoStore,
     analytics: AnalyticsStore,
     batch: tuple[list[dict[str, Any]], Vectors],
     classifier: IntentClassifier,
     keep: float,
 ) -> None:
     messages, matrix = batch
+    report.rows_in += len(messages)
+    if erased := mongo.erased_among({message["user_id"] for message in messages}):
+        left = [at for at, message in enumerate(messages) if message["user_id"] not in erased]
+        report.skipped += len(messages) - len(left)
+        messages, matrix = [messages[at] for at in left], matrix[left]
     if not messages:
         return
     readings = classifier.classify(matrix, keep)
@@ -103,7 +111,6 @@ def _keep(
     ]
     analytics.replace_message_intents([message["id"] for message in messages], rows)
     others = sum(not reading.expressed for reading in readings)
-    report.rows_in += len(messages)
     report.rows_out += len(messages) - others
     report.skipped += others
 

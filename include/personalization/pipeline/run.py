@@ -128,7 +128,7 @@ def _run_stages(
             embedded.append(embed(report, shard, staging=staging, settings=settings))
     for number, shard in enumerate(embedded):
         with stage("upsert_vectors", number) as report:
-            upsert_vectors(report, shard, space=space, vectors=vectors)
+            upsert_vectors(report, shard, space=space, mongo=mongo, vectors=vectors)
     with stage("detect_intents") as report:
         pages = detect_intents(
             report,
@@ -136,6 +136,7 @@ def _run_stages(
             utterances,
             catalog=catalog,
             space=space,
+            mongo=mongo,
             analytics=analytics,
             vectors=vectors,
             staging=staging,
@@ -143,11 +144,11 @@ def _run_stages(
         )
     for number, page in enumerate(pages):
         with stage("build_graph", number) as report:
-            build_graph(report, page, analytics=analytics, graph=graph, settings=settings)
+            build_graph(report, page, mongo=mongo, analytics=analytics, graph=graph, settings=settings)
     with stage("roll_up_engagement") as report:
         roll_up_engagement(report, pages, analytics=analytics, settings=settings)
     with stage("refresh_profiles") as report:
-        refresh_profiles(report, space=space, analytics=analytics, vectors=vectors, settings=settings)
+        refresh_profiles(report, space=space, mongo=mongo, analytics=analytics, vectors=vectors, settings=settings)
     with stage("learn") as report:
         learned = learn(
             report,

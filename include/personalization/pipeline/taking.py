@@ -1,8 +1,11 @@
 """Taking: rows of files to MongoDB, whatever they hold. Bad ones go to quarantine, known ones cost a look-up.
 
 A record is done when the run that took it is published; until then every run that meets it takes it again.
+Rows of erased users, good or bad, are kept nowhere.
 """
 
+import json
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +20,7 @@ from upath import UPath
 from personalization.errors import InputError, RejectRatioExceededError
 from personalization.pipeline.lineage import StageReport
 from personalization.reading import Row, check_readable, file_digest, locate, read_rows
-from personalization.schemas import Event, Message
+from personalization.schemas import Event, Message, is_identifier
 from personalization.settings import Settings
 from personalization.stores.mongo import Document, MongoStore, Origin, RecordKind, StoredRecord
 
@@ -31,6 +34,8 @@ _SUFFIXES: dict[RecordKind, tuple[str, ...]] = {
 _MAX_RAW_BYTES = 12 * 2**20  # a MongoDB document holds at most 16 MiB
 _BATCH_CHARS = 16 * 2**20
 _REASONS_KEPT = 3
+_USER_IN_JSON = re.compile(r'"user_id"\s*:\s*("(?:[^"\\]|\\.){1,1000}")')
+_CELLS = 50  # that are looked at for a user, of a broken row of CSV
 
 Record = TypeVar("Record", Message, Event)
 
@@ -80,7 +85,7 @@ def _kind_of(name: str) -> RecordKind | None:
 class Taker(ABC, Generic[Record]):
     """Sorts the rows of files into accepted, repeated and refused, and keeps them in MongoDB.
 
-    Per 1,000 rows: one look-up, and one bulk write where anything is new.
+    Per 1,000 rows: two look-ups, and one bulk write where anything is new.
     """
 
     kind: ClassVar[RecordKind]
@@ -91,7 +96,7 @@ class Taker(ABC, Generic[Record]):
         self._settings = settings
         self._done: dict[str | None, bool] = {None: False}
         self._reasons: dict[str, int] = {}  # the first few, each with the row it was first met in
-        self._outcomes = Counter(dict.fromkeys(("new", "changed", "unchanged", "duplicates", "resumed"), 0))
+        self._outcomes = Counter(dict.fromkeys(("new", "changed", "unchanged", "duplicates", "resumed", "erased"), 0))
         self._files: list[Document] = []
         report.details["files"] = self._files
 
@@ -146,7 +151,7 @@ class Taker(ABC, Generic[Record]):
         self._report.rows_in += len(rows)
         records: dict[str, tuple[Row, Record]] = {}
         refused: list[tuple[Row, str]] = []
-        for row in rows:
+        for row in self._without_erased(rows):
             record = self._validate(row)
             if isinstance(record, str):
                 refused.append((row, record))
@@ -173,8 +178,15 @@ class Taker(ABC, Generic[Record]):
 
         self._mongo.upsert(self.kind, [self._document(source, row, record) for row, record in to_do])
         self._quarantine(source, refused)
-        self._report.skipped = self._outcomes["unchanged"] + self._outcomes["duplicates"]
+        self._report.skipped = sum(self._outcomes[one] for one in ("unchanged", "duplicates", "erased"))
         return [record for _, record in to_do]
+
+    def _without_erased(self, rows: list[Row]) -> list[Row]:
+        users = [_users_in(row) for row in rows]
+        erased = self._mongo.erased_among(set().union(*users))
+        left = [row for row, found in zip(rows, users, strict=True) if not found & erased]
+        self._outcomes["erased"] += len(rows) - len(left)
+        return left
 
     def _refuse_file(self, path: UPath, problem: str) -> None:
         """Quarantine what is wrong with a file as its row 0. It counts as taken until it is replaced."""
@@ -232,6 +244,7 @@ class Taker(ABC, Generic[Record]):
                     "kind": self.kind,
                     "file": str(source.path),
                     "row": row.number,
+                    "user_id": _user_of(row),
                     "reason": reason,
                     "raw": _cut(row.raw),
                     "raw_chars": len(row.raw),
@@ -272,6 +285,26 @@ def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
         raise
     if batch:
         yield batch
+
+
+def _user_of(row: Row) -> str | None:
+    """The user whose row it says it is, even if it is a broken one; None where it does not."""
+    user_id = row.value.get("user_id") if isinstance(row.value, dict) else None
+    if user_id is None and (found := _USER_IN_JSON.search(row.raw)):
+        try:
+            user_id = json.loads(found[1])
+        except json.JSONDecodeError:
+            return None
+    user_id = user_id.strip() if isinstance(user_id, str) else None
+    return user_id if is_identifier(user_id) else None
+
+
+def _users_in(row: Row) -> set[str]:
+    """The row's user; of a row that does not say, whatever could be one."""
+    if user_id := _user_of(row):
+        return {user_id}
+    cells = (cell.strip() for cell in row.raw.split(",", _CELLS)) if row.problem else ()
+    return {cell for cell in cells if is_identifier(cell)}
 
 
 def _cut(raw: str) -> str:

@@ -13,24 +13,34 @@ from personalization.settings import Settings
 from personalization.staging import read
 from personalization.stores.analytics import AnalyticsStore
 from personalization.stores.milvus import INTERESTS, MESSAGES, USERS, VectorSpace, VectorStore, interest_id
+from personalization.stores.mongo import MongoStore
 
 _USERS_AT_ONCE = 250
 
 
-def upsert_vectors(report: StageReport, shard: Ref, *, space: VectorSpace, vectors: VectorStore) -> None:
-    """Insert or replace the shard's vectors by message id, 1,000 a round trip."""
+def upsert_vectors(
+    report: StageReport, shard: Ref, *, space: VectorSpace, mongo: MongoStore, vectors: VectorStore
+) -> None:
+    """Insert or replace the shard's vectors by message id, 1,000 a round trip, but for those of erased users."""
     table = read(shard)
     columns = table.select(["id", "user_id", "timestamp"]).to_pylist()
-    rows = [{**row, "embedding": vector} for row, vector in zip(columns, embeddings_of(table), strict=True)]
-    report.rows_in = len(rows)
+    erased = mongo.erased_among({row["user_id"] for row in columns})
+    rows = [
+        {**row, "embedding": vector}
+        for row, vector in zip(columns, embeddings_of(table), strict=True)
+        if row["user_id"] not in erased
+    ]
+    report.rows_in = len(columns)
     vectors.upsert(space.collection(MESSAGES), rows)
     report.rows_out = len(rows)
+    report.skipped = len(columns) - len(rows)
 
 
 def refresh_profiles(
     report: StageReport,
     *,
     space: VectorSpace,
+    mongo: MongoStore,
     analytics: AnalyticsStore,
     vectors: VectorStore,
     settings: Settings,
@@ -44,6 +54,9 @@ def refresh_profiles(
     for user_ids in analytics.users_with_messages(report.run_id, _USERS_AT_ONCE):
         report.rows_in += len(user_ids)
         rows, interests = _profiles(user_ids, space, analytics, vectors, settings)
+        erased = mongo.erased_among(user_ids)
+        rows = [one for one in rows if one["id"] not in erased]
+        interests = [one for one in interests if one["user_id"] not in erased]
         vectors.upsert(space.collection(USERS), rows)
         vectors.upsert(space.collection(INTERESTS), interests)
         kept = {one["id"] for one in interests}
