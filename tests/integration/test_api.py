@@ -47,7 +47,7 @@ def forget_answers(settings: Settings) -> None:
 
 async def serve(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
     """The app as the server runs it, with these settings."""
-    app = create_app(settings.model_copy(update={"api_auth": "off"}))
+    app = create_app(settings)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
