@@ -6,16 +6,20 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import hypothesis
 import pytest
 import structlog
 from neo4j import GraphDatabase
-from personalization.local.config import StackConfig
+from personalization.local.config import PACKAGED_MODEL, StackConfig
 from personalization.local.stack import Stack
 from personalization.settings import Settings
 from personalization.stores.milvus import GRPC_OPTIONS
@@ -48,7 +52,7 @@ def free_ports(count: int) -> list[int]:
 
 def stack_config(folder: Path) -> StackConfig:
     """A stack of its own in `folder`, on free ports."""
-    names = ("mongodb", "milvus", "neo4j", "redis", "airflow", "api", "dashboard")
+    names = ("mongodb", "milvus", "neo4j", "redis", "airflow", "api", "dashboard", "embedding")
     ports = {f"{name}_port": port for name, port in zip(names, free_ports(len(names)), strict=True)}
     return StackConfig(local_stack_dir=folder, **ports)
 
@@ -76,6 +80,44 @@ def store_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     stack.start(print)
     yield stack
     stack.stop()
+
+
+@dataclass(frozen=True)
+class EmbeddingService:
+    """The embedding service as a process."""
+
+    url: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+
+@pytest.fixture(scope="session")
+def embedding_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddingService]:
+    """The embedding service with the packaged model, started once a session."""
+    [port] = free_ports(1)
+    log = tmp_path_factory.mktemp("embedding") / "log"
+    command = [sys.executable, "-m", "uvicorn", "services.embedding.main:app", "--port", str(port)]
+    env = os.environ | {"EMBEDDING_MODEL": PACKAGED_MODEL, "STORE_TIMEOUT_S": "60"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=PROJECT, env=env, stdout=output, stderr=subprocess.STDOUT)
+    service = EmbeddingService(f"http://127.0.0.1:{port}", log, process)
+    try:
+        _wait_until_ready(service)
+        yield service
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _wait_until_ready(service: EmbeddingService) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        with suppress(httpx.HTTPError):
+            if httpx.get(f"{service.url}/ready").is_success:
+                return
+        assert service.process.poll() is None, service.log.read_text()
+        time.sleep(0.25)
+    raise AssertionError(service.log.read_text())
 
 
 @pytest.fixture

@@ -61,6 +61,7 @@ class Encoder:
         unique, inverse = np.unique(np.asarray(texts, dtype=object), return_inverse=True)
         by_length = sorted(range(len(unique)), key=lambda at: len(unique[at]))
         vectors = np.zeros((len(unique), self._dim), dtype=np.float32)
+        tell = log.info if len(by_length) > _SLICE_TEXTS else log.debug  # of long work, not of each request
         started = time.perf_counter()
         for start in range(0, len(by_length), _SLICE_TEXTS):
             part = by_length[start : start + _SLICE_TEXTS]
@@ -73,7 +74,7 @@ class Encoder:
             )
             vectors[part, : self.model_dim] = encoded.float().cpu().numpy()
             done = start + len(part)
-            log.info(f"{done:,} of {len(unique):,} texts embedded, {done / (time.perf_counter() - started):,.0f}/s")
+            tell(f"{done:,} of {len(unique):,} texts embedded, {done / (time.perf_counter() - started):,.0f}/s")
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
         if not np.all(np.isfinite(norms) & (norms > 0)):
             raise EmbeddingError("the model made a vector without a direction: of length zero, or not a number")

@@ -79,18 +79,31 @@ def test_the_core_knows_nothing_of_what_runs_it():
     assert breaches([one for one in imports(CORE) if one.is_of(*outside)]) == []
 
 
-@pytest.mark.parametrize("place", ["services", "dashboards"])
-def test_what_serves_imports_only_what_is_there_to_be_served(place: str):
-    allowed = [
-        f"personalization.{part}"
-        for part in ("recommend", "stores", "quality", "keys", "settings", "schemas", "errors")
-    ]
+SERVED = ("recommend", "stores", "quality")
+
+
+@pytest.mark.parametrize(
+    ("place", "parts"),
+    [("services/api", ("keys", *SERVED)), ("services/embedding", ("encoder",)), ("dashboards", SERVED)],
+)
+def test_what_serves_imports_only_what_is_there_to_be_served(place: str, parts: tuple[str, ...]):
+    allowed = [f"personalization.{part}" for part in (*parts, *BOTTOM)]
     found = own_imports(PROJECT / place)
 
     assert found
     assert breaches([one for one in found if not one.is_of(*allowed)]) == []
-    others = {"services", "dashboards", "dags", "plugins", "personalization_airflow", "airflow"} - {place}
+    others = {"services", "dashboards", "dags", "plugins", "personalization_airflow", "airflow"}
+    others -= {place.partition("/")[0]}
     assert breaches([one for one in imports(PROJECT / place) if one.is_of(*others)]) == []
+
+
+def test_services_share_what_surrounds_a_request_and_nothing_else():
+    shared = [f"services.api.{one}" for one in ("logs", "metrics", "problems", "shell")]
+    found = [one for one in imports(PROJECT / "services" / "embedding") if one.is_of("services.api")]
+
+    assert found
+    assert breaches([one for one in found if not one.is_of(*shared)]) == []
+    assert breaches([one for one in imports(PROJECT / "services" / "api") if one.is_of("services.embedding")]) == []
 
 
 @pytest.mark.parametrize(
@@ -235,6 +248,15 @@ def test_the_api_loads_nothing_of_the_pipeline_of_airflow_or_of_the_dashboard():
     ours = {name.split(".")[1] for name in loaded if name.startswith("personalization.")}
     assert ours == {"recommend", "stores", "understanding", "settings", "schemas", "errors"}
     assert "personalization.stores.mongo" not in loaded
+
+
+def test_the_embedding_service_loads_no_driver_and_its_model_not_before_it_answers():
+    loaded = python("import sys, services.embedding.main; print(*sorted(sys.modules))").split()
+
+    unwanted = {"torch", "transformers", "sentence_transformers", "airflow", "pymongo", "pymilvus", "neo4j", "redis"}
+    assert {name for name in loaded if name.partition(".")[0] in unwanted} == set()
+    ours = {name.split(".")[1] for name in loaded if name.startswith("personalization.")}
+    assert ours == {"encoder", "settings", "errors"}
 
 
 def test_the_dashboard_s_store_loads_nothing_of_the_pipeline_of_airflow_or_of_the_api():

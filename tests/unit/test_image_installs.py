@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 AIRFLOW = ROOT / "Dockerfile.airflow"
 API = ROOT / "services" / "api" / "Dockerfile"
+EMBEDDING = ROOT / "services" / "embedding" / "Dockerfile"
 DASHBOARD = ROOT / "dashboards" / "Dockerfile"
 
 
@@ -118,8 +119,17 @@ def test_api_image_starts_and_ranks_without_torch_scikit_learn_airflow_or_stream
     assert not {"torch", "apache-airflow", "apache-airflow-core", "streamlit"} & installed
     assert not {"scikit-learn", "implicit", "matplotlib", "networkx", "sentence-transformers"} & installed
     module, _, application = image.command[1].partition(":")
-    image.run_python(f"from {module} import {application}", import_all(image.app / "services"))
+    image.run_python(f"from {module} import {application}", import_all(image.app / "services" / "api"))
     image.run_python(RANKING)
+
+
+def test_embedding_image_resolves_to_an_encoder_without_airflow_or_what_only_the_pipeline_needs(tmp_path: Path):
+    image = Image(EMBEDDING, tmp_path)
+
+    installed = image.would_install()
+
+    assert {"fastapi", "uvicorn", "torch", "sentence-transformers", "personalization-platform"} <= installed
+    assert not {"apache-airflow", "apache-airflow-core", "streamlit", "pyarrow", "pymongo"} & installed
 
 
 def test_dashboard_image_starts_without_torch_or_airflow(tmp_path: Path):

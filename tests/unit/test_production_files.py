@@ -21,6 +21,7 @@ ENV_EXAMPLE = ROOT / ".env.example"
 DOCKERFILES = {
     "airflow": ROOT / "Dockerfile.airflow",
     "api": ROOT / "services" / "api" / "Dockerfile",
+    "embedding": ROOT / "services" / "embedding" / "Dockerfile",
     "dashboard": ROOT / "dashboards" / "Dockerfile",
 }
 
@@ -40,6 +41,7 @@ FOREIGN_VARIABLES = {
     "minio": r"MINIO_(ROOT_USER|ROOT_PASSWORD|BROWSER)",
     "postgres": r"POSTGRES_(USER|DB|PASSWORD)",
     "airflow-init": r"AIRFLOW_ADMIN_PASSWORD",  # its own script
+    "embedding": r"HF_HOME",
     "airflow-scheduler": r"HF_HOME|AIRFLOW_CONN_(MONGO|NEO4J|REDIS|MILVUS)_DEFAULT",
 }
 SETTINGS = {name.upper(): field for name, field in Settings.model_fields.items()}
@@ -226,10 +228,20 @@ class TestCompose:
 
     def test_what_ranks_and_what_learns_follow_the_same_settings(self):
         """What is learned with one half-life and served with another would be skewed."""
-        shared = {"PROFILE_HALF_LIFE_DAYS", "NEIGHBOURS"}  # PROFILE_MAX_MESSAGES is the pipeline's alone
+        # PROFILE_MAX_MESSAGES is the pipeline's alone.
+        shared = {"PROFILE_HALF_LIFE_DAYS", "NEIGHBOURS", "INTENT_KEEP", "MAX_MESSAGE_CHARS"}
 
         for name in shared:
             assert environment("api")[name] == environment("airflow-scheduler")[name]
+
+    def test_the_api_s_texts_are_embedded_as_in_the_pipeline_by_a_service_that_is_not_published(self):
+        for name in ("EMBEDDING_MODEL", "EMBEDDING_DIM", "EMBEDDING_BATCH_SIZE", "MAX_MESSAGE_CHARS", "HF_HOME"):
+            assert environment("embedding")[name] == environment("airflow-scheduler")[name]
+        assert "models:/data/models" in SERVICES["embedding"]["volumes"]
+        assert environment("api")["EMBEDDING_URL"] == "http://embedding:8001"
+        assert "ports" not in SERVICES["embedding"]
+        assert {name for name, spec in SERVICES.items() if "embedding" in spec["networks"]} == {"api", "embedding"}
+        assert "embedding" not in SERVICES["api"]["depends_on"]  # it does without
 
 
 class TestEnvironment:
@@ -341,7 +353,7 @@ class TestDockerfiles:
         assert f"'.[{name}]'" in runs
         assert not re.search(r"torch|airflow|pipeline", runs)
 
-    @pytest.mark.parametrize("name", ["api", "dashboard"])
+    @pytest.mark.parametrize("name", ["api", "dashboard", "embedding"])
     def test_serving_images_start_by_exec_form_and_check_their_health(self, name: str):
         by_name = dict(instructions(DOCKERFILES[name]))
 
@@ -349,13 +361,17 @@ class TestDockerfiles:
         probe = json.loads(by_name["HEALTHCHECK"].partition("CMD ")[2])
         assert probe == SERVICES[name]["healthcheck"]["test"][1:]
 
-    def test_airflow_image_follows_the_versions_of_the_project(self):
+    def test_images_follow_the_versions_of_the_project(self):
         project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-        dockerfile = DOCKERFILES["airflow"].read_text(encoding="utf-8")
 
-        for pattern in (r"apache-airflow==([\d.]+)", r"torch==([\d.]+)"):
-            version = re.findall(pattern, project)[0]
-            assert re.search(rf"(airflow:|torch==){re.escape(version)}\b", dockerfile), pattern
+        for pattern, names in (
+            (r"apache-airflow==([\d.]+)", ["airflow"]),
+            (r"torch==([\d.]+)", ["airflow", "embedding"]),
+        ):
+            [version] = set(re.findall(pattern, project))
+            for name in names:
+                dockerfile = DOCKERFILES[name].read_text(encoding="utf-8")
+                assert re.search(rf"(airflow:|torch==){re.escape(version)}\b", dockerfile), (pattern, name)
 
     def test_build_context_holds_what_the_dockerfiles_copy(self):
         ignore = (ROOT / ".dockerignore").read_text(encoding="utf-8")

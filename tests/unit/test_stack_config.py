@@ -24,6 +24,7 @@ PORTS = {
     "AIRFLOW_PORT": 8080,
     "API_PORT": 8000,
     "DASHBOARD_PORT": 8501,
+    "EMBEDDING_PORT": 8001,
 }
 
 
@@ -98,6 +99,7 @@ def test_the_chosen_ports_reach_every_server_and_every_client():
     assert (env["MILVUS_HOST"], env["MILVUS_PORT"]) == (HOST, "40001")
     assert env["NEO4J_URI"] == f"bolt://{HOST}:40002"
     assert env["REDIS_URL"].endswith(f"@{HOST}:40003/0")
+    assert env["EMBEDDING_URL"] == f"http://{HOST}:40007"
     assert env["AIRFLOW__API__BASE_URL"] == f"http://{HOST}:40004"
     assert env["AIRFLOW__CORE__EXECUTION_API_SERVER_URL"] == f"http://{HOST}:40004/execution/"
 
@@ -133,7 +135,7 @@ def test_a_taken_port_is_one_line_that_names_the_setting(setting: str):
 
     assert str(refused.value) == (
         f"port {port} for {service.name} is taken by another process; stop that one, "
-        f"or choose another port: make demo {setting}={port + 1}"
+        f"or choose another port: make demo {setting}={port + 10}"
     )
 
 
@@ -283,6 +285,7 @@ ADDRESSES = {
     "NEO4J_USER": "somebody",
     "NEO4J_PASSWORD": "production-password",
     "REDIS_URL": "redis://production:6379/0",
+    "EMBEDDING_URL": "http://production:8001",
 }
 
 

@@ -33,6 +33,7 @@ class StackConfig(BaseSettings):
     airflow_port: Port = 8080
     api_port: Port = 8000
     dashboard_port: Port = 8501
+    embedding_port: Port = 8001
     local_milvus: Literal["lite", "standalone"] = Field(
         default="lite",
         description="`standalone`: the genuine Milvus of the PyPI package `milvus`, where installed.",
@@ -93,6 +94,7 @@ class StackConfig(BaseSettings):
             "NEO4J_USER": "root",
             "NEO4J_PASSWORD": self.secrets["neo4j"],
             "REDIS_URL": f"redis://:{self.secrets['redis']}@{HOST}:{self.redis_port}/0",
+            "EMBEDDING_URL": f"http://{HOST}:{self.embedding_port}",
         }
 
     def settings(self, **changes: object) -> Settings:

@@ -59,7 +59,12 @@ def airflow_services(config: StackConfig) -> list[Service]:
 
 
 def app_services(config: StackConfig) -> list[Service]:
-    """The API and the dashboard."""
+    """The embedding service, the API and the dashboard."""
+    # It answers before its model is loaded, which goes on beside what starts after it.
+    embedding = [
+        *(sys.executable, "-m", "uvicorn", "services.embedding.main:app", "--no-access-log"),
+        *("--host", HOST, "--port", str(config.embedding_port)),
+    ]
     api = [
         sys.executable,
         "-m",
@@ -75,6 +80,13 @@ def app_services(config: StackConfig) -> list[Service]:
         *("--server.address", HOST, "--server.port", str(config.dashboard_port), "--server.headless", "true"),
     ]
     return [
+        Service(
+            "embedding",
+            embedding,
+            lambda: _get(f"http://{HOST}:{config.embedding_port}/health"),
+            config.embedding_port,
+            "EMBEDDING_PORT",
+        ),
         Service("api", api, lambda: _get(f"http://{HOST}:{config.api_port}/health"), config.api_port, "API_PORT"),
         Service(
             "dashboard",

@@ -180,7 +180,7 @@ class Stack:
                 except OSError:
                     raise LocalStackError(
                         f"port {service.port} for {service.name} is taken by another process; stop that one, "
-                        f"or choose another port: make demo {service.port_setting}={service.port + 1}"
+                        f"or choose another port: make demo {service.port_setting}={service.port + 10}"
                     ) from None
 
     def _start_supervisor(self, *, anything_running: bool) -> None:

@@ -1,0 +1,67 @@
+"""The embedding service: vectors of texts that came in with a request, as the pipeline would make them."""
+
+import base64
+from collections.abc import Sequence
+
+import httpx
+import numpy as np
+import structlog
+
+from personalization.errors import StoreError
+from personalization.settings import Settings
+
+Vectors = np.ndarray[tuple[int, int], np.dtype[np.float32]]
+
+_STORE = "embedding"
+
+
+class AsyncEmbedder:
+    """The service's client. No error of it holds a text."""
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self.client = client
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> "AsyncEmbedder":
+        """Connect lazily, and keep connections."""
+        try:
+            # No proxy: the service is beside whoever asks.
+            client = httpx.AsyncClient(
+                base_url=settings.embedding_url, timeout=settings.store_timeout_s, trust_env=False
+            )
+        except httpx.InvalidURL as error:
+            raise StoreError(_STORE, "EMBEDDING_URL is not a valid address") from error
+        return cls(client)
+
+    async def embed(self, texts: Sequence[str], *, model: str | None = None) -> Vectors:
+        """Unit vectors of 1 to 64 texts, shape (len(texts), dim), float32. One round trip.
+
+        Raises:
+            StoreError: the service does not answer, is busy, still loads, refuses the texts, or does not embed by
+                `model`, where that is named: vectors of two models never mix.
+        """
+        headers = {}
+        if request_id := structlog.contextvars.get_contextvars().get("request_id"):
+            headers["x-request-id"] = str(request_id)
+        try:
+            response = await self.client.post("/embed", json={"texts": list(texts)}, headers=headers)
+        except httpx.HTTPError as error:
+            raise StoreError(_STORE, f"does not answer ({type(error).__name__}); is it running?") from error
+        if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+            raise StoreError(_STORE, "is busy, or its model is not loaded yet")
+        if response.is_error:
+            raise StoreError(_STORE, f"refused the texts with {response.status_code}")
+        try:
+            answer = response.json()
+            own, dim = str(answer["model"]), int(answer["dim"])
+            rows = [np.frombuffer(base64.b64decode(one), dtype="<f4") for one in answer["vectors"]]
+            vectors = np.stack(rows).astype(np.float32).reshape(len(texts), dim)
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(_STORE, "does not answer with vectors; does EMBEDDING_URL name the service?") from error
+        if model is not None and own != model:
+            raise StoreError(_STORE, f"embeds by {own}, what is stored by {model}; set EMBEDDING_MODEL alike")
+        return vectors
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self.client.aclose()

@@ -1,0 +1,1 @@
+"""The embedding service: texts to the vectors that the pipeline would make of them."""
