@@ -48,6 +48,10 @@ class StoreError(PersonalizationError):
         self.store = store
 
 
+class ErasureError(PersonalizationError):
+    """Some users could not be erased from every store yet."""
+
+
 class ErasedError(PersonalizationError):
     """Nothing is taken of this user any more: they were erased."""
 

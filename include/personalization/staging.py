@@ -108,7 +108,7 @@ def erase_staged(base_uri: str, user_ids: Collection[str]) -> Counter[str]:
         StoreError: the staging folder cannot be read or written, or a file in it is no Parquet.
     """
     removed: Counter[str] = Counter()
-    with _staging_errors():
+    with staging_errors():
         for path in _staged_files(base_uri):
             if found := _users_in(path, user_ids):
                 try:
@@ -128,7 +128,7 @@ def count_staged(base_uri: str, user_ids: Collection[str]) -> Counter[str]:
     Raises:
         StoreError: as `erase_staged`.
     """
-    with _staging_errors():
+    with staging_errors():
         return sum((_users_in(path, user_ids) for path in _staged_files(base_uri)), Counter())
 
 
@@ -197,7 +197,8 @@ def _files(base_uri: str) -> Iterator[UPath]:
 
 
 @contextmanager
-def _staging_errors() -> Iterator[None]:
+def staging_errors() -> Iterator[None]:
+    """Turn errors of the file system or object store into a `StoreError`."""
     try:
         yield
     except OSError as error:

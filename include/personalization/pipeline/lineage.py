@@ -4,14 +4,15 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 import structlog
 from pydantic import BaseModel, Field
+from upath import UPath
 
 from personalization.errors import PersonalizationError
-from personalization.staging import Staging, write_atomically
+from personalization.staging import Staging, staging_errors, write_atomically
 from personalization.stores.analytics import AnalyticsStore
 
 STAGES = (
@@ -28,6 +29,9 @@ STAGES = (
     "learn",
     "publish",
 )
+
+LONGEST_TASK = timedelta(hours=24)
+"""No task works longer: what still says so was killed."""
 
 _FOLDER = "reports"
 _MAX_ERROR_CHARS = 2000
@@ -95,6 +99,20 @@ def forget_reports(staging: Staging, run_id: str, *, first_stage: str) -> None:
         for path in folder.glob(f"{stage}-*.json"):
             log.info(f"{run_id}: {path.name} is of an earlier attempt")
             path.unlink(missing_ok=True)
+
+
+def at_work(staging_uri: str) -> list[datetime]:
+    """When the tasks that are at work began, of all runs. Reads the reports of the last day.
+
+    Raises:
+        StoreError: the staging folder cannot be read.
+    """
+    base = UPath(staging_uri).absolute()
+    horizon = (datetime.now(UTC) - LONGEST_TASK).timestamp()
+    with staging_errors():
+        paths = [path for path in base.glob(f"*/{_FOLDER}/*.json") if path.stat().st_mtime > horizon]
+        reports = [StageReport.model_validate_json(path.read_bytes()) for path in paths]
+    return [report.started_at for report in reports if report.status == "running"]
 
 
 def record_lineage(run_id: str, staging: Staging, analytics: AnalyticsStore) -> list[dict[str, Any]]:

@@ -192,7 +192,8 @@ class MongoStore:
 
     def request_erasure(self, user_id: str) -> Document:
         """Refuse the user from now on, and keep the name until the erasure is settled."""
-        return self._change_erasure(user_id, {"$set": {"user_id": user_id, "status": "pending"}})
+        change = {"$set": {"user_id": user_id, "status": "pending"}, "$unset": {"settled_at": ""}}
+        return self._change_erasure(user_id, change)
 
     def open_erasures(self) -> list[Document]:
         """Those that are not settled, the oldest first."""

@@ -1,0 +1,1 @@
+"""Erasing a person: from every store at once, and again until nobody can bring them back."""
