@@ -60,6 +60,23 @@ def run(
 
 
 @app.command()
+def erase(user_id: Annotated[str, typer.Argument(help="The user, as named in the conversations.")]) -> None:
+    """Erase a person from every store; print the receipt as JSON. May be repeated.
+
+    Exit status 0 where nothing is left anywhere, 1 where the rest is queued for the DAG `maintenance`.
+    """
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    from personalization.erasure.erase import erase as erase_user
+    from personalization.erasure.places import Places
+    from personalization.settings import get_settings
+
+    with Places.of(get_settings()) as places:
+        receipt = erase_user(user_id, places)
+    typer.echo(receipt.model_dump_json(indent=2))
+    raise typer.Exit(0 if receipt.status == "erased" else 1)
+
+
+@app.command()
 def evaluate(
     messages: Annotated[Path, typer.Option(help="Messages: JSON array or NDJSON, plain or gzipped.")],
     events: Annotated[Path, typer.Option(help="Events: CSV, JSON array or NDJSON, plain or gzipped.")],

@@ -6,6 +6,7 @@ from contextlib import closing, contextmanager
 from airflow.providers.mongo.hooks.mongo import MongoHook
 from airflow.providers.neo4j.hooks.neo4j import Neo4jHook
 from airflow.providers.redis.hooks.redis import RedisHook
+from personalization.erasure.places import Places
 from personalization.settings import Settings
 from personalization.stores.analytics import AnalyticsStore
 from personalization.stores.cache import CachePublisher
@@ -60,3 +61,18 @@ def analytics_store(settings: Settings) -> Iterator[AnalyticsStore]:
         yield store
     finally:
         store.engine.dispose()
+
+
+@contextmanager
+def places(settings: Settings) -> Iterator[Places]:
+    """All that hold something of a user; only MongoDB is opened at once."""
+    with mongo_store(settings) as mongo:
+        yield Places(
+            mongo=mongo,
+            vectors=vector_store,
+            graph=lambda: graph_store(settings),
+            analytics=lambda: analytics_store(settings),
+            cache=cache_publisher,
+            staging_uri=settings.staging_uri,
+            cache_ttl_s=settings.cache_ttl_s,
+        )

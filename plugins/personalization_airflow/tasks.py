@@ -268,6 +268,18 @@ def evaluate() -> dict[str, Any]:
     return {policy: entry["ndcg@10"] for policy, entry in report["policies"].items()}
 
 
+def sweep_erasures() -> dict[str, int]:
+    """Go on with the erasures that are open; return how many were, and how many of them are settled."""
+    from personalization.erasure.sweep import sweep
+
+    from personalization_airflow.stage import run_settings
+    from personalization_airflow.stores import places
+
+    with places(run_settings()) as stores:
+        receipts = sweep(stores)
+    return {"open": len(receipts), "settled": sum(one.settled_at is not None for one in receipts)}
+
+
 def record_lineage() -> None:
     """Write a row for every stage to `pipeline_runs`, whatever became of the run."""
     from airflow.sdk import get_current_context

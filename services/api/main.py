@@ -14,9 +14,9 @@ from personalization.stores.neo4j import AsyncGraphReader
 
 from services.api.base import base_app
 from services.api.logs import configure_logs
-from services.api.routes import operations, recommendations
+from services.api.routes import erasure, operations, recommendations
 
-ROUTERS: tuple[APIRouter, ...] = (recommendations.router, operations.router)
+ROUTERS: tuple[APIRouter, ...] = (recommendations.router, erasure.router, operations.router)
 UNVERSIONED = ("/recommendations/{user_id}", "/health")
 """Paths that are also there without `/v1`."""
 

@@ -84,7 +84,7 @@ SERVED = ("recommend", "stores", "quality")
 
 @pytest.mark.parametrize(
     ("place", "parts"),
-    [("services/api", ("keys", *SERVED)), ("services/embedding", ("encoder",)), ("dashboards", SERVED)],
+    [("services/api", ("keys", "erasure", *SERVED)), ("services/embedding", ("encoder",)), ("dashboards", SERVED)],
 )
 def test_what_serves_imports_only_what_is_there_to_be_served(place: str, parts: tuple[str, ...]):
     allowed = [f"personalization.{part}" for part in (*parts, *BOTTOM)]
@@ -148,6 +148,7 @@ def test_parts_of_the_core_that_do_not_know_each_other(place: str, forbidden: li
                 *("pipeline.lineage", "pipeline.embed", "staging", "quality.experiments", "resampling"),
             ],
         ),
+        ("erasure", [*BOTTOM, "erasure", "pipeline.lineage", "staging", "stores"]),  # lineage says who is at work
         ("stores", [*BOTTOM, "stores"]),
         ("catalog", ["schemas", "errors", "settings", "encoder", "understanding", "reading", "catalog"]),
         # Its command reads a catalog; all else in it knows none.

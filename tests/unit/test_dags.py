@@ -164,6 +164,18 @@ def test_the_conf_of_an_evaluation_is_checked(evaluation: Any, name: str, value:
             param.resolve(value)
 
 
+# --- the maintenance
+
+
+def test_the_maintenance_is_one_task_an_hour(dagbag: Any):
+    maintenance = dagbag.dags["maintenance"]
+
+    assert maintenance.schedule == "@hourly"
+    assert {"personalization", "maintenance"} <= set(maintenance.tags)
+    [task] = maintenance.tasks
+    assert (task.task_id, task.execution_timeout) == ("sweep_erasures", timedelta(minutes=30))
+
+
 # --- the pipeline
 
 
