@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from personalization.keys import key_digest, parse_keys
 from personalization.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +47,7 @@ FOREIGN_VARIABLES = {
 }
 SETTINGS = {name.upper(): field for name, field in Settings.model_fields.items()}
 # Airflow takes the stores' addresses as connections; the databases keep their names.
-NOT_FOR_COMPOSE = {"MONGODB_URI", "MONGODB_DATABASE", "NEO4J_DATABASE", "ANALYTICS_URL"}
+NOT_FOR_COMPOSE = {"MONGODB_DATABASE", "NEO4J_DATABASE", "ANALYTICS_URL"}
 
 _PLACEHOLDER = re.compile(r"(?<!\$)\$\{(?P<name>\w+)(?::(?P<how>[-?])(?P<what>[^}]*))?\}")
 
@@ -278,26 +279,30 @@ class TestEnvironment:
             assert shown == default, name
 
     def test_filling_it_in_does_not_change_what_the_embedded_stack_reads(self):
-        assert not required() & set(SETTINGS)
+        assert required() & set(SETTINGS) == {"API_KEYS"}  # it asks for none
 
     def test_the_commands_of_env_example_fill_it_in(self, tmp_path: Path):
         bash, _ = tool("bash"), tool("openssl")
         shutil.copy(ENV_EXAMPLE, tmp_path)
         commands = re.findall(r"^#   (.*)$", ENV_EXAMPLE.read_text(encoding="utf-8"), re.MULTILINE)
 
-        subprocess.run([bash, "-euc", "\n".join(commands)], cwd=tmp_path, check=True)
+        command = [bash, "-euc", "\n".join(commands)]
+        done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
 
         filled = assignments((tmp_path / ".env").read_text(encoding="utf-8"))
         assert set(filled) == required()
         assert len(set(filled.values())) == len(filled)
         assert re.fullmatch(r"[\w-]{43}=", filled.pop("AIRFLOW_FERNET_KEY"))
+        [secret] = re.findall(r"shown this once: (\S+)", done.stdout)
+        [key] = parse_keys(filled.pop("API_KEYS"))
+        assert key.digest == key_digest(secret.encode())
         assert all(re.fullmatch(r"[0-9a-f]{48,}", value) for value in filled.values())
 
     @pytest.mark.parametrize("service", SERVICES)
     def test_every_secret_comes_from_env(self, service: str):
         for name, value in environment(service).items():
             secret = re.search(r'://[^/@:]*:([^@]*)@|"password": "([^"]*)"', value)
-            if re.search(r"(PASSWORD|SECRET|TOKEN|_KEY|AUTH)$", name) or secret:
+            if name != "API_AUTH" and (re.search(r"(PASSWORD|SECRET|TOKEN|_KEYS?|AUTH)$", name) or secret):
                 asked = secret[1] or secret[2] if secret else re.sub(r"^(root:|neo4j/)", "", value)
                 match = _PLACEHOLDER.fullmatch(asked)
                 assert match, name

@@ -279,6 +279,7 @@ OVERRIDES = {
     "CATALOG_PATH": "/elsewhere/catalog",
 }
 ADDRESSES = {
+    "API_AUTH": "keys",
     "MONGODB_URI": "mongodb://production:27017",
     "MILVUS_HOST": "production",
     "NEO4J_URI": "neo4j+s://production:7687",

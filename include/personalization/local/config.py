@@ -87,6 +87,7 @@ class StackConfig(BaseSettings):
         }
         chosen = {**dotenv_values(self.project / ".env"), **os.environ}
         return {name: chosen.get(name) or value for name, value in defaults.items()} | {
+            "API_AUTH": "off",  # it listens on loopback, as all servers here do
             "MONGODB_URI": f"mongodb://{HOST}:{self.mongodb_port}/?directConnection=true",
             "MILVUS_HOST": HOST,
             "MILVUS_PORT": str(self.milvus_port),

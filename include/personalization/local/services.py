@@ -70,6 +70,8 @@ def app_services(config: StackConfig) -> list[Service]:
         "-m",
         "uvicorn",
         "services.api.main:app",
+        "--no-access-log",  # it logs what was refused, failed or slow
+        "--no-server-header",
         "--host",
         HOST,
         "--port",
