@@ -5,15 +5,15 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, NamedTuple, TypedDict, cast
 
 from bson.errors import InvalidDocument
-from pymongo import MongoClient, ReplaceOne, ReturnDocument
+from pymongo import AsyncMongoClient, MongoClient, ReplaceOne, ReturnDocument
 from pymongo.collection import Collection
-from pymongo.errors import ConfigurationError, OperationFailure, PyMongoError
+from pymongo.errors import BulkWriteError, ConfigurationError, OperationFailure, PyMongoError
 
 from personalization.errors import StoreError
-from personalization.schemas import ErasedStore, Event, erasure_id
+from personalization.schemas import ErasedStore, Event, EventKind, erasure_id
 from personalization.settings import Settings
 
 Document = dict[str, Any]
@@ -21,6 +21,13 @@ RecordKind = Literal["message", "event"]
 
 _FILES: dict[RecordKind, str] = {"message": "files", "event": "event_files"}
 _BATCH = 1000
+_PENDING_KEPT = 1000
+_DUPLICATE_KEY = 11000  # MongoDB's error code
+
+InsertOutcome = Literal["accepted", "duplicate", "conflict", "erased"]
+"""What became of an event: stored, known already, refused as its id is that of an event with other content, or
+refused as its user was erased.
+"""
 
 
 class Origin(TypedDict):
@@ -40,6 +47,15 @@ class StoredRecord(Origin):
     _id: str
     user_id: str
     content_hash: str
+
+
+class PastEventRow(NamedTuple):
+    """An event of a user."""
+
+    campaign_id: str
+    event: EventKind
+    timestamp: int
+    """Epoch milliseconds."""
 
 
 def event_document(event: Event, origin: Origin) -> Document:
@@ -105,7 +121,7 @@ class MongoStore:
         with mongo_errors():
             self.conversations.create_index([("user_id", 1), ("timestamp", -1)])
             self.events.create_index([("run_id", 1), ("_id", 1)])
-            self.events.create_index("user_id")
+            self.events.create_index([("user_id", 1), ("received_at", 1)])
             self.quarantine.create_index("run_id")
             self.quarantine.create_index("user_id")
 
@@ -269,3 +285,95 @@ class MongoStore:
             operations = [ReplaceOne({"_id": one["_id"]}, one, upsert=True) for one in documents]
             with mongo_errors():
                 collection.bulk_write(operations, ordered=False)
+
+
+class AsyncEventStore:
+    """The API's side: takes events, and reads those that no run may have rolled up yet."""
+
+    def __init__(self, client: AsyncMongoClient[Document], database: str) -> None:
+        self.client = client
+        db = client.get_database(database)
+        self.events = db["events"]
+        self.erasures = db["erasures"]
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> "AsyncEventStore":
+        """Connect on first use. The timeout of the settings is that of a whole call."""
+        timeout_ms = int(settings.store_timeout_s * 1000)
+        with mongo_errors():
+            client: AsyncMongoClient[Document] = AsyncMongoClient(
+                settings.mongodb_uri.get_secret_value(),
+                serverSelectionTimeoutMS=timeout_ms,
+                connectTimeoutMS=timeout_ms,
+                timeoutMS=timeout_ms,
+                tz_aware=True,
+                appname="personalization-api",
+            )
+        return cls(client, settings.mongodb_database)
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self.client.close()
+
+    async def ping(self) -> None:
+        """One round trip. Raises `StoreError` if MongoDB does not answer in time."""
+        with mongo_errors():
+            await self.client.admin.command("ping")
+
+    async def insert(self, events: Sequence[Event]) -> list[InsertOutcome]:
+        """Keep events for the next run; what became of each, in order.
+
+        One that is known stays as it is, with the run that took it. Two round trips whatever the number: who was
+        erased, and the insertion; a third where ids are known.
+        """
+        digests = {one.user_id: erasure_id(one.user_id) for one in events}
+        outcomes: dict[int, InsertOutcome] = {}
+        with mongo_errors():
+            refused = self.erasures.find({"_id": {"$in": list(digests.values())}}, {"_id": 1})
+            erased = {one["_id"] async for one in refused}
+            for at, one in enumerate(events):
+                outcomes[at] = "erased" if digests[one.user_id] in erased else "accepted"
+            wanted = [at for at, outcome in outcomes.items() if outcome == "accepted"]
+            known = await self._insert([events[at] for at in wanted])
+            if known:
+                ids = sorted({events[wanted[at]].event_id for at in known})
+                stored = self.events.find({"_id": {"$in": ids}}, {"content_hash": 1})
+                content = {one["_id"]: one["content_hash"] async for one in stored}
+                for at in (wanted[one] for one in known):
+                    is_same = content.get(events[at].event_id) == events[at].content_hash
+                    outcomes[at] = "duplicate" if is_same else "conflict"
+        return list(outcomes.values())
+
+    async def pending_of(self, user_ids: Sequence[str], since_ms: int) -> dict[str, list[PastEventRow]]:
+        """What was received of the users after `since_ms`, the newest first; users without any are left out.
+
+        At most 1,000 times as many as there are users, the newest. One round trip, and a range of an index for each
+        user. Events are dated just before they are stored: `since_ms` should be a little early.
+        """
+        if not user_ids:
+            return {}
+        # For one user SecantusDB takes half the time by equality.
+        who = user_ids[0] if len(user_ids) == 1 else {"$in": list(user_ids)}
+        received = {"$gt": datetime.fromtimestamp(since_ms / 1000, UTC)}
+        fields = {"_id": 0, "user_id": 1, "campaign_id": 1, "event": 1, "timestamp": 1}
+        found: dict[str, list[PastEventRow]] = {}
+        with mongo_errors():
+            newest = self.events.find({"user_id": who, "received_at": received}, fields).sort("received_at", -1)
+            for one in await newest.limit(_PENDING_KEPT * len(user_ids)).to_list():
+                row = PastEventRow(one["campaign_id"], one["event"], int(one["timestamp"].timestamp() * 1000))
+                found.setdefault(one["user_id"], []).append(row)
+        return found
+
+    async def _insert(self, events: Sequence[Event]) -> list[int]:
+        """Insert those whose id is new; the places of the others."""
+        if not events:
+            return []
+        origin: Origin = {"run_id": None, "attempt": 0, "source": {"uri": "api"}}
+        try:
+            await self.events.insert_many([event_document(one, origin) for one in events], ordered=False)
+        except BulkWriteError as error:
+            refused = error.details["writeErrors"]
+            if error.details["writeConcernErrors"] or any(one["code"] != _DUPLICATE_KEY for one in refused):
+                raise
+            return [one["index"] for one in refused]
+        return []
