@@ -109,7 +109,7 @@ def _cost(history: History, load_seconds: float) -> list[str]:
         started = time.perf_counter()
         evidence = Evidence.of(snapshot.campaigns, known)
         best = np.argsort(-choice.ranker.score(evidence)[0])[:5]
-        choice.ranker.shares(evidence, best)
+        choice.ranker.shares(evidence, best[None, :])
         took.append((time.perf_counter() - started) * 1000)
     return [
         (

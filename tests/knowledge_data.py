@@ -1,6 +1,7 @@
 """Made-up knowledge, histories and stores for the tests of ranking; the same for the same seed."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from personalization.learning.history import (
     signals_of_messages,
     unit,
 )
-from personalization.recommend.candidates import Known, gather
+from personalization.recommend.candidates import Known, Lookup, gather
+from personalization.recommend.guard import Guard
 from personalization.recommend.knowledge import ServedKnowledge
 from personalization.recommend.ranking import LearnedRanker
 from personalization.recommend.sources import CampaignKnowledge, UserKnowledge
@@ -169,18 +171,11 @@ def some_known(
 
 def know(served: ServedKnowledge, rng: np.random.Generator, *, silent: bool = False, now_ms: int = NOW) -> Known:
     """Gather, from stores that are made up."""
-    stores = _Stores(served, rng, silent)
-    found = gather(
-        "ann",
-        now_ms,
-        served=served,
-        neighbours=50,
-        half_life_days=30,
-        vectors=stores,  # type: ignore[arg-type]
-        graph=stores,  # type: ignore[arg-type]
-        analytics=stores,  # type: ignore[arg-type]
-    )
-    return asyncio.run(found)
+    stores: Any = _Stores(served, rng, silent)
+    lookup = Lookup(stores, stores, stores, stores, Guard(5), neighbours=50, half_life_days=30)
+    [known] = asyncio.run(gather(["ann"], now_ms, served=served, lookup=lookup))
+    assert not known.missing
+    return known
 
 
 class _Stores:
@@ -191,30 +186,37 @@ class _Stores:
         self._rng = rng
         self._silent = silent
 
-    async def user_vectors(self, user_id: str) -> Any:
+    async def user_vectors(self, user_ids: Sequence[str]) -> dict[str, Any]:
         if self._silent:
-            return np.zeros((0, 0), dtype=np.float32)
-        found = unit(self._rng.normal(size=(1 + int(self._rng.integers(1, 5)), DIMS)))
-        return np.pad(found, ((0, 0), (0, 3)))  # as a smaller model is padded
+            return {}
+        return {
+            # As a smaller model is padded.
+            one: np.pad(unit(self._rng.normal(size=(1 + int(self._rng.integers(1, 5)), DIMS))), ((0, 0), (0, 3)))
+            for one in user_ids
+        }
 
-    async def neighbours(self, user_id: str, vector: Any, limit: int) -> list[Neighbour]:
-        near = self._rng.uniform(0.3, 1, int(self._rng.integers(0, 8)))
-        return [Neighbour(user_id=f"u{at}", similarity=float(one)) for at, one in enumerate(near)]
+    async def neighbours(self, vectors: Any, limit: int) -> list[list[Neighbour]]:
+        near = [self._rng.uniform(0.3, 1, int(self._rng.integers(0, 8))) for _ in vectors]
+        return [[Neighbour(user_id=f"u{at}", similarity=float(one)) for at, one in enumerate(of)] for of in near]
 
-    async def engaged_by(self, neighbours: list[Neighbour], now_ms: int, half_life_days: float) -> list[EngagedRow]:
+    async def engaged_by(
+        self, neighbours: Sequence[Sequence[Neighbour]], now_ms: int, half_life_days: float
+    ) -> list[EngagedRow]:
         return [
-            EngagedRow(campaign_id=one, score=float(self._rng.random()), users=int(self._rng.integers(1, 4)))
+            EngagedRow(at=at, campaign_id=one, score=float(self._rng.random()), users=int(self._rng.integers(1, 4)))
+            for at in range(len(neighbours))
             for one in self._campaigns.ids
             if self._rng.random() < 0.5
         ]
 
-    async def links(self, user_id: str) -> list[LinkRow]:
+    async def links(self, user_ids: Sequence[str]) -> list[LinkRow]:
         if self._silent:
             return []
         named = [("intent", one) for one in [*self._campaigns.intent_ids, "left"]]
         named += [("campaign", one) for one in self._campaigns.engaged_ids]
         return [
             LinkRow(
+                user_id=user_id,
                 kind=kind,
                 id=one,
                 name=one.title(),
@@ -222,12 +224,16 @@ class _Stores:
                 weight=float(self._rng.uniform(0.1, 9)),
                 last_at=NOW - int(self._rng.integers(0, 50 * DAY_MS)),
             )
+            for user_id in user_ids
             for kind, one in named
             if self._rng.random() < 0.6
         ]
 
-    async def user_facts(self, user_id: str) -> UserFacts:
+    async def user_facts(self, user_ids: Sequence[str]) -> dict[str, UserFacts]:
         if self._silent:
-            return UserFacts(0, [], [])
+            return {one: UserFacts(0, [], []) for one in user_ids}
         said = [ExpressedMessage(f"m{at}", f"i{at % 4}", NOW - at) for at in range(7)]
-        return UserFacts(7, [UserEvent("c0", "impression", NOW - DAY_MS)], said)
+        return {one: UserFacts(7, [UserEvent("c0", "impression", NOW - DAY_MS)], said) for one in user_ids}
+
+    async def pending_of(self, user_ids: Sequence[str], since_ms: int) -> dict[str, list[Any]]:
+        return {}

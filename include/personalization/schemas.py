@@ -26,7 +26,7 @@ _IDENTIFIER = re.compile(r"(?!\.+$)[\w.:@+=|~-]{1,128}")  # dots alone would be 
 
 
 def _identifier(value: str) -> str:
-    if not _IDENTIFIER.fullmatch(value):
+    if not is_identifier(value):
         raise ValueError("must be 1 to 128 letters, digits or any of . : @ + = | ~ - _")
     return value
 
@@ -462,6 +462,26 @@ class Recommendations(BaseModel):
     recommendations: list[Recommendation]
     excluded: list[Exclusion] | None = None
     """Campaigns, running or about to, that a rule holds back, where that was asked for."""
+    degraded: list[str] | None = None
+    """Stores that could not be asked, where there are any: what they know is not in the answer."""
+
+
+class ExpressedNow(BaseModel):
+    """An intent that a message expresses."""
+
+    intent_id: str
+    name: str
+    confidence: float
+
+
+class Preview(BaseModel):
+    """Answer of `POST /recommendations:preview`."""
+
+    intents: list[ExpressedNow]
+    policy: str
+    recommendations: list[Recommendation]
+    degraded: list[str] | None = None
+    """As in `Recommendations`."""
 
 
 ErasedStore = Literal["mongodb", "milvus", "neo4j", "analytics", "redis", "staging"]

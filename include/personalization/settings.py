@@ -88,7 +88,7 @@ class Settings(BaseSettings):
         default=0.5, gt=0, description="Longest that one store may take for it; after that it is left out and named."
     )
     cache_ttl_s: int = Field(default=300, ge=1)
-    neighbours: int = Field(default=50, ge=0, le=1000, description="Similar users that are asked for campaigns.")
+    neighbours: int = Field(default=20, ge=0, le=1000, description="Similar users that are asked for campaigns.")
     ranker: Literal["auto", "fusion", "similar_users"] = Field(
         default="auto",
         description="auto: the learned ranker where it has proved better; fusion or similar_users: that one.",

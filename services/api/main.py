@@ -1,5 +1,6 @@
 """The recommendation API. One event loop, pooled async clients that connect on first use."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -7,10 +8,6 @@ from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 from personalization.recommend.service import Recommender
 from personalization.settings import Settings
-from personalization.stores.analytics import AsyncAnalyticsReader
-from personalization.stores.cache import AsyncCache
-from personalization.stores.milvus import AsyncVectorReader
-from personalization.stores.neo4j import AsyncGraphReader
 
 from services.api.base import base_app
 from services.api.logs import configure_logs
@@ -31,21 +28,15 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     configure_logs()
     app.state.gate.check()
     settings: Settings = app.state.settings
-    recommender = Recommender(
-        cache=AsyncCache.from_settings(settings),
-        vectors=AsyncVectorReader(settings),
-        graph=AsyncGraphReader.from_settings(settings),
-        analytics=AsyncAnalyticsReader.from_settings(settings),
-        settings=settings,
-    )
+    recommender = Recommender.from_settings(settings, app.state.metrics)
+    app.state.variants = {}
     app.state.recommender = recommender
     app.state.readiness = operations.Readiness(recommender)
     operations.watch(app.state.metrics, recommender)
+    warming = asyncio.create_task(recommender.warm_up())
     yield
-    await recommender.cache.client.aclose()
-    await recommender.vectors.close()
-    await recommender.graph.driver.close()
-    await recommender.analytics.engine.dispose()
+    warming.cancel()
+    await recommender.aclose()
 
 
 def create_app(settings: Settings) -> FastAPI:

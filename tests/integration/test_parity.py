@@ -19,7 +19,8 @@ from personalization.local.stack import Stack
 from personalization.pipeline.embed import campaign_vectors_of, embed_campaigns
 from personalization.pipeline.lineage import StageReport
 from personalization.pipeline.run import run_pipeline
-from personalization.recommend.candidates import Known, gather
+from personalization.recommend.candidates import Known, Lookup, gather
+from personalization.recommend.guard import Guard
 from personalization.recommend.knowledge import ServedKnowledge
 from personalization.recommend.ranking import DEFAULT_FUSION, Evidence
 from personalization.recommend.sources import SOURCES
@@ -27,6 +28,7 @@ from personalization.settings import Settings
 from personalization.staging import Staging, read
 from personalization.stores.analytics import AnalyticsStore, AsyncAnalyticsReader
 from personalization.stores.milvus import AsyncVectorReader, VectorSpace, VectorStore
+from personalization.stores.mongo import AsyncEventStore
 from personalization.stores.neo4j import AsyncGraphReader
 
 # Single precision all the way, sums in another order; Milvus and Neo4j each round once more.
@@ -44,18 +46,23 @@ class Sides:
         self.vectors = AsyncVectorReader(settings)
         self.graph = AsyncGraphReader.from_settings(settings)
         self.analytics = AsyncAnalyticsReader.from_settings(settings)
+        self.events = AsyncEventStore.from_settings(settings)
 
     async def ask(self, user_id: str) -> Known:
-        return await gather(
-            user_id,
-            self.moment,
-            served=self.served,
-            neighbours=self.settings.neighbours,
-            half_life_days=self.settings.profile_half_life_days,
-            vectors=self.vectors,
-            graph=self.graph,
-            analytics=self.analytics,
+        lookup = Lookup(
+            self.vectors,
+            self.graph,
+            self.analytics,
+            self.events,
+            Guard(self.settings.store_timeout_s),
+            self.settings.neighbours,
+            self.settings.profile_half_life_days,
         )
+        # Beside others, whose evidence must not mix with theirs.
+        ids = list(dict.fromkeys([user_id, "maria", "nobody-we-know"]))
+        known, *_ = await gather(ids, self.moment, served=self.served, lookup=lookup)
+        assert not known.missing
+        return known
 
 
 CHANGED = {"profile_half_life_days": 9.0, "neighbours": 4, "profile_max_messages": 3}
@@ -95,6 +102,7 @@ async def sides(published: Settings) -> AsyncIterator[Sides]:
     await both.vectors.close()
     await both.graph.driver.close()
     await both.analytics.engine.dispose()
+    await both.events.aclose()
 
 
 async def test_the_api_s_evidence_is_that_of_learning(sides: Sides) -> None:

@@ -16,7 +16,7 @@ from personalization.recommend.explanation import reasons
 from personalization.recommend.knowledge import ServedKnowledge
 from personalization.recommend.ranking import LearnedRanker
 from personalization.recommend.rules import PastEvent
-from personalization.recommend.service import decide
+from personalization.recommend.service import Ask, decide
 from personalization.recommend.sources import SOURCES
 from personalization.schemas import CatalogRules, Event, Recommendations
 from personalization.settings import Settings
@@ -41,11 +41,12 @@ def configured(**changes: Any) -> Settings:
 
 
 def answer(known: Known, top: int = 5, *, explain: bool = False, **changes: Any) -> Recommendations:
-    return decide(known, top, NOW, configured(**changes), explain=explain)
+    [found] = decide([known], [Ask(known.viewer.user_id, top, explain=explain)], NOW, configured(**changes))
+    return found
 
 
 def link(kind: str, campaign_id: str, **changes: Any) -> LinkRow:
-    return LinkRow(kind=kind, id=campaign_id, name=campaign_id.title(), count=2, weight=1.0, last_at=NOW, **changes)
+    return LinkRow(user_id="ann", kind=kind, id=campaign_id, name=campaign_id.title(), count=2, weight=1.0, last_at=NOW, **changes)
 
 
 def share_of(known: Known, source: Any, campaign_id: str = "c0") -> tuple[str, dict[str, Any]]:
@@ -170,7 +171,7 @@ def test_what_was_engaged_with_is_told_with_its_day():
 def test_similar_users_are_counted():
     known = some_known(1)
     near = [Neighbour(user_id=f"u{at}", similarity=0.9) for at in range(7)]
-    known.users.neighbours[0, 0] = 3
+    known.evidence.context["neighbours"][0, 0] = 3
 
     assert share_of(replace(known, neighbours=near), "similar_users") == (
         "3 of 7 similar users engaged with it",

@@ -65,7 +65,7 @@ def check(ranker: Any, known: Evidence) -> None:
     assert (shares >= 0).all()
     np.testing.assert_allclose(shares.sum(axis=2), score, atol=1e-6)
     some = np.arange(shape[1])[::-2]
-    names_of_some, shares_of_some = ranker.shares(known, some)
+    names_of_some, shares_of_some = ranker.shares(known, np.broadcast_to(some, (shape[0], len(some))))
     assert names_of_some == names
     np.testing.assert_allclose(shares_of_some, shares[:, some], atol=1e-7)
 

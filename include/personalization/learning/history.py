@@ -30,7 +30,7 @@ INTEREST_COSINE = 0.5
 """Least cosine of a message to an interest to be of it."""
 RECENT_MESSAGES = 50
 """Newest messages of a user that interests are drawn from."""
-NEIGHBOURS = 50
+NEIGHBOURS = 20
 PROFILE_MESSAGES = 200
 MIN_SIMILARITY = 0.5
 """Least cosine between two users' vectors for one to speak for the other."""

@@ -63,6 +63,8 @@ def refresh_profiles(
         possible = (interest_id(one, place) for one in user_ids for place in range(INTERESTS_PER_USER))
         vectors.delete(space.collection(INTERESTS), [one for one in possible if one not in kept])
         report.rows_out += len(rows)
+    if report.rows_out:
+        vectors.seal([space.collection(USERS), space.collection(INTERESTS)])
 
 
 def _profiles(

@@ -60,7 +60,7 @@ def _own_intents(known: Known, campaign_id: str) -> Fact:
         {
             "intents": [{"intent_id": one["id"], "count": one["count"], "last_seen": one["last_at"]} for one in links],
             "message_ids": [one.message_id for one in messages],
-            "path": [f"User {known.users.ids[0]}", f"Intent {links[0]['id']}", f"Campaign {campaign_id}"],
+            "path": [f"User {known.viewer.user_id}", f"Intent {links[0]['id']}", f"Campaign {campaign_id}"],
         },
     )
 
@@ -81,7 +81,7 @@ def _own_engagement(known: Known, campaign_id: str) -> Fact:
 
 
 def _similar_users(known: Known, campaign_id: str) -> Fact:
-    engaged = int(known.users.neighbours[0, known.column(campaign_id)])
+    engaged = known.neighbours_engaged(campaign_id)
     return Fact(
         f"{engaged} of {len(known.neighbours)} similar users engaged with it"
         if known.neighbours
@@ -111,7 +111,7 @@ def _by_links(links: list[LinkRow], words: str, without: str) -> Fact:
 
 
 def _message_similarity(known: Known, campaign_id: str) -> Fact:
-    cosine = float(known.evidence.sources["message_similarity"][0, known.column(campaign_id)])
+    cosine = known.says("message_similarity", campaign_id)
     return Fact(
         "its text is near to what the user talks about" if known.has_spoken else _SILENT,
         {"cosine": round(cosine, 3), "message_ids": [one.message_id for one in known.messages[:_MESSAGES_SHOWN]]},
@@ -119,7 +119,7 @@ def _message_similarity(known: Known, campaign_id: str) -> Fact:
 
 
 def _audience_similarity(known: Known, campaign_id: str) -> Fact:
-    cosine = float(known.evidence.sources["audience_similarity"][0, known.column(campaign_id)])
+    cosine = known.says("audience_similarity", campaign_id)
     words = "talks like those who engage with it" if known.has_spoken else _SILENT
     return Fact(words, {"cosine": round(cosine, 3)})
 

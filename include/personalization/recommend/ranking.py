@@ -17,13 +17,14 @@ from personalization.recommend.sources import (
     Matrix,
     Scores,
     UserKnowledge,
-    Whole,
     score_context,
     score_sources,
 )
 from personalization.schemas import Source
 
 Shares = np.ndarray[tuple[int, int, int], np.dtype[np.float32]]
+Columns = np.ndarray[tuple[int, int], np.dtype[np.int64]]
+"""(B, K) places of some candidates, others for each user."""
 
 FUSION_DEPTH = 20
 """Rank at which a source's vote has halved (k of reciprocal rank fusion)."""
@@ -60,6 +61,25 @@ class Evidence:
         sources = score_sources(campaigns, users)
         return cls(sources, score_context(campaigns, users, sources))
 
+    @classmethod
+    def stacked(cls, rows: Sequence[Self]) -> Self:
+        """Of all their users, in order."""
+        if len(rows) == 1:
+            return rows[0]
+        first = rows[0]
+        return cls(
+            {name: np.concatenate([one.sources[name] for one in rows]) for name in first.sources},
+            {name: np.concatenate([one.context[name] for one in rows]) for name in first.context},
+        )
+
+    def row(self, at: int) -> Self:
+        """Of the user at this place, (1, C) each; views."""
+        own = slice(at, at + 1)
+        return type(self)(
+            {name: matrix[own] for name, matrix in self.sources.items()},
+            {name: matrix[own] for name, matrix in self.context.items()},
+        )
+
     @cached_property
     def ranks(self) -> dict[Source, Matrix]:
         """Share of the candidates that each one is ahead of, ties in the middle, (B, C) each in 0..1."""
@@ -76,8 +96,8 @@ class Ranker(Protocol):
     def score(self, evidence: Evidence) -> Matrix:
         """(B, C) scores from 0 to 1, higher is better."""
 
-    def shares(self, evidence: Evidence, columns: Whole | None = None) -> tuple[list[Source], Shares]:
-        """What each source gave to each score, (B, C, S), of some columns or all; sums over S to the score."""
+    def shares(self, evidence: Evidence, columns: Columns | None = None) -> tuple[list[Source], Shares]:
+        """What each source gave to each score, (B, C, S), or of each user's own columns; sums over S to the score."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +111,7 @@ class RankFusion:
         """(B, C) sum of the sources' votes, as a part of the most that is possible."""
         return np.asarray(self.shares(evidence)[1].sum(axis=2), dtype=np.float32)
 
-    def shares(self, evidence: Evidence, columns: Whole | None = None) -> tuple[list[Source], Shares]:
+    def shares(self, evidence: Evidence, columns: Columns | None = None) -> tuple[list[Source], Shares]:
         """The votes: weight · k / (k + rank - 1), none where the source says nothing."""
         names = list(self.weights)
         total = sum(self.weights.values())
@@ -140,7 +160,7 @@ class LearnedRanker:
         matrix = feature_matrix(evidence, self.features)
         return self._predict(matrix).reshape(matrix.shape[:2]).astype(np.float32)
 
-    def shares(self, evidence: Evidence, columns: Whole | None = None) -> tuple[list[Source], Shares]:
+    def shares(self, evidence: Evidence, columns: Columns | None = None) -> tuple[list[Source], Shares]:
         """The score, split by what speaks for it: the positive SHAP values (Lundberg and Lee 2017) of the sources."""
         matrix = _some(feature_matrix(evidence, self.features), columns)
         flat = self._predict(matrix, pred_contrib=True)
@@ -213,8 +233,8 @@ def feature_scores(evidence: Evidence, feature: str) -> Matrix:
     return (evidence.sources if kind == "score" else evidence.ranks)[name]  # type: ignore[index]
 
 
-def _some(shares: Shares, columns: Whole | None) -> Shares:
-    return shares if columns is None else shares[:, columns]
+def _some(shares: Shares, columns: Columns | None) -> Shares:
+    return shares if columns is None else np.take_along_axis(shares, columns[:, :, None], axis=1)
 
 
 def _ahead_of(scores: Matrix) -> Matrix:
@@ -245,7 +265,7 @@ class SimilarUsers:
         """(B, C) share of the similar users, and a little for popularity."""
         return np.asarray(self.shares(evidence)[1].sum(axis=2), dtype=np.float32)
 
-    def shares(self, evidence: Evidence, columns: Whole | None = None) -> tuple[list[Source], Shares]:
+    def shares(self, evidence: Evidence, columns: Columns | None = None) -> tuple[list[Source], Shares]:
         """The count, scaled by the largest; what is left below one user goes to popularity."""
         counts = evidence.context["neighbours"]
         popular = evidence.context["engaged_users"]

@@ -1,7 +1,7 @@
 """Rules: what the catalog forbids, caps, boosts and pins. Each exclusion says which rule, and why."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -49,11 +49,19 @@ class Chosen:
 
 
 def exclusions(
-    campaigns: Sequence[Campaign], viewer: Viewer, now_ms: int, *, category: str | None = None
+    campaigns: Sequence[Campaign],
+    viewer: Viewer,
+    now_ms: int,
+    *,
+    category: str | None = None,
+    unwanted: Collection[str] = (),
 ) -> list[Exclusion]:
     """Campaigns the user must not be shown now, the first rule that says so for each."""
     found = []
     for campaign in campaigns:
+        if campaign.id in unwanted:
+            found.append(Exclusion(campaign_id=campaign.id, rule="exclude", text="was not wanted by who asked"))
+            continue
         for rule, text in _objections(campaign, viewer, now_ms, category):
             found.append(Exclusion(campaign_id=campaign.id, rule=rule, text=text))
             break

@@ -1,31 +1,76 @@
 """The recommender: cache, evidence, ranking, rules and explanation put together."""
 
 import asyncio
+import hashlib
 import time
+from collections.abc import Awaitable, Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import structlog
 
 from personalization.errors import StoreError
-from personalization.recommend.candidates import Known, gather
+from personalization.recommend.batching import Batcher
+from personalization.recommend.candidates import Known, Lookup, gather, imagine
 from personalization.recommend.explanation import reasons
 from personalization.recommend.exploration import arm, explore
+from personalization.recommend.guard import Guard, Observer
 from personalization.recommend.knowledge import ServedKnowledge
-from personalization.recommend.ranking import NAMED_RANKERS, Ranker
-from personalization.recommend.rules import arrange, exclusions
-from personalization.schemas import Recommendation, Recommendations, Source
+from personalization.recommend.ranking import NAMED_RANKERS, Evidence, Ranker
+from personalization.recommend.rules import Chosen, arrange, exclusions
+from personalization.recommend.sources import Vector
+from personalization.schemas import Exclusion, ExpressedNow, Preview, Recommendation, Recommendations, Source
 from personalization.settings import Settings
 from personalization.stores.analytics import AsyncAnalyticsReader
-from personalization.stores.cache import AsyncCache
+from personalization.stores.cache import AsyncCache, LookedUp
+from personalization.stores.embedding import AsyncEmbedder
 from personalization.stores.milvus import AsyncVectorReader
+from personalization.stores.mongo import AsyncEventStore
 from personalization.stores.neo4j import AsyncGraphReader
 
 _UNSURE_S = 30.0
 """How long knowledge is trusted while Redis cannot say which generation is served."""
+_NOBODY = "-"
+_BATCH = 16
+_BATCHES = 2
+"""One waits for the stores while the other is ranked."""
+
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
+
+
+class Ask(NamedTuple):
+    """What is asked about a user."""
+
+    user_id: str
+    top: int = 5
+    category: str | None = None
+    exclude: frozenset[str] = frozenset()
+    """Campaigns that are not wanted."""
+    explain: bool = False
+
+
+class Answer(NamedTuple):
+    """An answer, ready to be sent."""
+
+    body: bytes
+    """JSON of `schemas.Recommendations`."""
+    outcome: Literal["hit", "stale", "miss"]
+    """From the cache and fresh, from the cache and not, or made now."""
+    degraded: tuple[str, ...] = ()
+    """Stores that could not be asked."""
+
+
+class _Wanted(NamedTuple):
+    """An answer to be made. What was published or done since makes it another one."""
+
+    ask: Ask
+    generation: bytes
+    touched: bytes
 
 
 @dataclass
@@ -36,64 +81,258 @@ class Recommender:
     vectors: AsyncVectorReader
     graph: AsyncGraphReader
     analytics: AsyncAnalyticsReader
+    events: AsyncEventStore
+    embedder: AsyncEmbedder
     settings: Settings
+    observer: Observer | None = None
+    guard: Guard = field(init=False)
     _served: ServedKnowledge | None = field(default=None, init=False)
     _generation: int | None = field(default=None, init=False)
     _read_at: float = field(default=0.0, init=False)
     _reading: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
+    _refreshing: set[asyncio.Task[None]] = field(default_factory=set, init=False)
 
-    async def answer(self, user_id: str, top: int, *, explain: bool = False) -> bytes:
-        """The answer as JSON, from the cache where it is fresh.
+    def __post_init__(self) -> None:
+        self.guard = Guard(self.settings.answer_store_timeout_s, self.observer)
+        self._batcher = Batcher(self._make, _BATCH, _BATCHES)
+        self._policy = _policy_digest(self.settings)
 
-        Redis down makes it slower, not broken.
+    @classmethod
+    def from_settings(cls, settings: Settings, observer: Observer | None = None) -> "Recommender":
+        """With a client for every store, each of which connects on first use."""
+        return cls(
+            cache=AsyncCache.from_settings(settings),
+            vectors=AsyncVectorReader(settings),
+            graph=AsyncGraphReader.from_settings(settings),
+            analytics=AsyncAnalyticsReader.from_settings(settings),
+            events=AsyncEventStore.from_settings(settings),
+            embedder=AsyncEmbedder.from_settings(settings),
+            settings=settings,
+            observer=observer,
+        )
 
-        Raises:
-            StoreError: a store that holds the evidence does not answer, or nothing was published yet.
-        """
+    async def aclose(self) -> None:
+        """Close every client."""
+        await self.cache.client.aclose()
+        await self.vectors.close()
+        await self.graph.driver.close()
+        await self.analytics.engine.dispose()
+        await self.events.aclose()
+        await self.embedder.aclose()
+
+    def variant(self, ask: Ask) -> str:
+        """What makes an answer about the same user another one: what was asked, and who ranks."""
+        plain = f"{self._policy}:{ask.top}"
+        if ask.category is None and not ask.exclude and not ask.explain:
+            return plain
+        rest = repr((ask.category, sorted(ask.exclude), ask.explain)).encode()
+        return f"{plain}:{hashlib.blake2b(rest, digest_size=12).hexdigest()}"
+
+    async def look_up(self, asked: Sequence[tuple[str, str]]) -> list[LookedUp] | None:
+        """What the cache holds of each (user, variant), in one round trip; None while Redis is down."""
         try:
-            generation = await self.cache.generation()
-            cached = await self.cache.get(generation, user_id, top, explain=explain)
+            return await self.guard.call("redis", partial(self.cache.look_up, asked))
         except StoreError as error:
             log.warning("answering without the cache", problem=str(error))
-            return (await self.recommend(user_id, top, explain=explain)).model_dump_json(exclude_none=True).encode()
-        if cached is not None:
-            return cached
-        found = await self.recommend(user_id, top, explain=explain, generation=generation)
-        answer = found.model_dump_json(exclude_none=True).encode()
+            return None
+
+    def fresh(self, before: LookedUp) -> Answer | None:
+        """The answer that was looked up, where it may be given as it is."""
+        if before.stored is None or not before.is_fresh:
+            return None
+        return self._told(Answer(before.stored.body, "hit"))
+
+    async def answer(self, ask: Ask, before: LookedUp | None) -> Answer:
+        """The answer, by what was looked up before: fresh from the cache, old while a new one is made, or new.
+
+        Raises:
+            StoreError: nothing was published yet, or nothing can be said in time.
+        """
+        if before is None:
+            return self._told(await self._in_time(ask, before))
+        if (hit := self.fresh(before)) is not None:
+            return hit
+        if before.stored is not None and before.is_current:
+            self._refresh(ask, before)
+            return self._told(Answer(before.stored.body, "stale"))
         try:
-            # Under the generation read before the evidence: data published meanwhile make another key.
-            await self.cache.put(generation, user_id, top, answer, explain=explain)
+            return self._told(await self._in_time(ask, before))
         except StoreError as error:
-            log.warning("the answer was not cached", problem=str(error))
+            if before.stored is None or before.stored.touched != before.touched:
+                raise
+            # The last generation's is better than none, and says what it lacks.
+            body = b'{"degraded":["%s"],' % error.store.encode() + before.stored.body[1:]
+            return self._told(Answer(body, "stale", (error.store,)))
+
+    async def answers(self, asks: Sequence[Ask]) -> list[Answer]:
+        """As many answers in as many round trips as one.
+
+        Raises:
+            StoreError: nothing was published yet, or nothing can be said in time.
+        """
+        before = await self.look_up([(one.user_id, self.variant(one)) for one in asks])
+        found: dict[int, Answer] = {}
+        wanted: dict[int, _Wanted] = {}
+        for at, ask in enumerate(asks):
+            known = before[at] if before else None
+            if known is not None and known.stored is not None and known.is_fresh:
+                found[at] = Answer(known.stored.body, "hit")
+            else:
+                wanted[at] = _wanted(ask, known)
+        if wanted:
+            made = await self._bounded(self._make(list(wanted.values())))
+            found.update(zip(wanted, made, strict=True))
+        return [self._told(found[at]) for at in range(len(asks))]
+
+    async def preview(self, message: str, top: int) -> Preview:
+        """What would be shown to a new user who says this.
+
+        Raises:
+            StoreError: the embedding service does not answer, or nothing was published yet.
+        """
+        served = await self.knowledge()
+        embed = partial(self.embedder.embed, [message], model=served.model)
+        vector = await self.guard.call("embedding", embed, timeout_s=self.settings.answer_timeout_s)
+        now_ms = _now_ms()
+        [reading] = served.classifier.classify(vector, self.settings.intent_keep) if served.classifier else [None]
+        intents = reading.expressed if reading else []
+        known = await imagine(vector, intents, now_ms, served=served, lookup=self._lookup(self.guard))
+        settings = self.settings.model_copy(update={"exploration_share": 0.0, "experiment_ranker": ""})
+        [found] = decide([known], [Ask("", top)], now_ms, settings)
+        return Preview(
+            intents=[
+                ExpressedNow(intent_id=one, name=served.intent_names[one], confidence=round(confidence, 4))
+                for one, confidence in intents
+            ],
+            policy=found.policy,
+            recommendations=found.recommendations,
+            degraded=found.degraded,
+        )
+
+    async def knowledge(self) -> ServedKnowledge:
+        """What is served of campaigns.
+
+        Raises:
+            StoreError: nothing was published yet.
+        """
+        try:
+            generation = await self.guard.call("redis", self.cache.generation)
+        except StoreError:
+            generation = None
+        return (await self._knowledge(generation))[0]
+
+    async def forget(self, user_ids: Collection[str]) -> None:
+        """Make the cached answers of the users old, now or as soon as Redis is back."""
+        self.cache.untouched.update(user_ids)
+        try:
+            await self.guard.call("redis", partial(self.cache.touch, user_ids))
+        except StoreError as error:
+            log.warning("cached answers are made old when Redis is back", users=len(user_ids), problem=str(error))
+
+    async def warm_up(self) -> None:
+        """Connect to every store and read what is served, so that the first user need not wait for it."""
+        patient = Guard(self.settings.store_timeout_s)
+        try:
+            served = await self.knowledge()
+        except StoreError as error:
+            log.warning("not warm yet", problem=str(error))
+            return
+        [known] = await gather([_NOBODY], _now_ms(), served=served, lookup=self._lookup(patient))
+        decide([known], [Ask(_NOBODY)], _now_ms(), self.settings)
+
+    @property
+    def serving(self) -> tuple[int, int] | None:
+        """Generation (0 while Redis has not said it) and moment, in epoch ms, of the knowledge that answers are made
+        from; None before it was first read.
+        """
+        return (self._generation or 0, self._served.campaigns.at) if self._served is not None else None
+
+    def _lookup(self, guard: Guard) -> Lookup:
+        settings = self.settings
+        return Lookup(
+            self.vectors,
+            self.graph,
+            self.analytics,
+            self.events,
+            guard,
+            settings.neighbours,
+            settings.profile_half_life_days,
+        )
+
+    async def _in_time(self, ask: Ask, before: LookedUp | None) -> Answer:
+        return await self._bounded(self._batcher.ask(_wanted(ask, before)))
+
+    async def _bounded(self, work: Awaitable[T]) -> T:
+        try:
+            async with asyncio.timeout(self.settings.answer_timeout_s):
+                return await work
+        except TimeoutError:
+            raise StoreError("api", f"no answer within {self.settings.answer_timeout_s:g} s") from None
+
+    def _refresh(self, ask: Ask, before: LookedUp) -> None:
+        """Make the answer anew while the old one is given."""
+        task = asyncio.create_task(self._refreshed(ask, before))
+        self._refreshing.add(task)
+        task.add_done_callback(self._refreshing.discard)
+
+    async def _refreshed(self, ask: Ask, before: LookedUp) -> None:
+        try:
+            await self._batcher.ask(_wanted(ask, before))
+        except StoreError as error:
+            log.warning("an old answer was not made anew", problem=str(error))
+
+    def _told(self, answer: Answer) -> Answer:
+        if self.observer is not None:
+            self.observer.answered(answer.outcome, answer.degraded)
         return answer
 
-    async def recommend(
-        self, user_id: str, top: int, *, explain: bool = False, generation: int | None = None
-    ) -> Recommendations:
-        """Up to `top` campaigns that may be shown; popular ones for a user nothing is known of."""
-        now_ms = time.time_ns() // 1_000_000
-        known = await gather(
-            user_id,
-            now_ms,
-            served=await self._knowledge(generation),
-            neighbours=self.settings.neighbours,
-            half_life_days=self.settings.profile_half_life_days,
-            vectors=self.vectors,
-            graph=self.graph,
-            analytics=self.analytics,
-        )
-        return decide(known, top, now_ms, self.settings, explain=explain)
+    async def _make(self, wanted: Sequence[_Wanted]) -> list[Answer]:
+        """New answers, stored where they are whole."""
+        # Of several generations the newest: `publish` came between them.
+        newest = max(wanted, key=lambda one: int(one.generation or 0)).generation
+        served, missing = await self._knowledge(int(newest) if newest else None)
+        now_ms = _now_ms()
+        user_ids = list({one.ask.user_id: None for one in wanted})
+        found = await gather(user_ids, now_ms, served=served, lookup=self._lookup(self.guard))
+        known = dict(zip(user_ids, found, strict=True))
+        asks = [one.ask for one in wanted]
+        made = decide([known[one.user_id] for one in asks], asks, now_ms, self.settings)
+        answers = []
+        for one in made:
+            one.degraded = sorted({*(one.degraded or ()), *missing}) or None
+            body = one.model_dump_json(exclude_none=True).encode()
+            answers.append(Answer(body, "miss", tuple(one.degraded or ())))
+        whole = [
+            (one.ask.user_id, self.variant(one.ask), one.generation, one.touched, answer.body)
+            for one, answer in zip(wanted, answers, strict=True)
+            if one.generation and not answer.degraded
+        ]
+        if whole:
+            try:
+                await self.guard.call("redis", partial(self.cache.put, whole))
+            except StoreError as error:
+                log.warning("answers were not cached", problem=str(error))
+        return answers
 
-    async def _knowledge(self, generation: int | None) -> ServedKnowledge:
-        """What is served, read again only for another generation; by one caller where many ask at once."""
+    async def _knowledge(self, generation: int | None) -> tuple[ServedKnowledge, frozenset[str]]:
+        """What is served, read again only for another generation, by one caller where many ask at once.
+
+        Where it cannot be read the last stays, and the store that is missing is named.
+        """
         if self._served is not None and self._is_current(generation):
-            return self._served
+            return self._served, frozenset()
         async with self._reading:
             if self._served is None or not self._is_current(generation):
-                content = await self.analytics.served()
+                try:
+                    content = await self.guard.call("analytics", self.analytics.served)
+                except StoreError as error:
+                    if self._served is None:
+                        raise
+                    log.warning("answering by the knowledge of before", problem=str(error))
+                    return self._served, frozenset({"analytics"})
                 self._served = await asyncio.to_thread(ServedKnowledge.from_bytes, content)
                 self._generation, self._read_at = generation, time.monotonic()
-            return self._served
+            return self._served, frozenset()
 
     def _is_current(self, generation: int | None) -> bool:
         if generation is None:
@@ -101,56 +340,99 @@ class Recommender:
         return generation == self._generation
 
 
-def decide(known: Known, top: int, now_ms: int, settings: Settings, *, explain: bool) -> Recommendations:
-    """Rank, apply the catalog's rules, explore, explain. No store is asked."""
-    ranker = _ranker(known, settings)
+def decide(known: Sequence[Known], asks: Sequence[Ask], now_ms: int, settings: Settings) -> list[Recommendations]:
+    """Rank, apply the catalog's rules, explore, explain, for each ask what is known of its user. No store is asked.
+
+    What was gathered at one time: all of the same candidates.
+    """
+    ranked_by = [_ranker(one, settings) for one in known]
+    answers: dict[int, Recommendations] = {}
+    for version in dict.fromkeys(one.version for one in ranked_by):
+        places = [at for at, one in enumerate(ranked_by) if one.version == version]
+        ranker = ranked_by[places[0]]
+        some = [known[at] for at in places]
+        answers.update(zip(places, _by_one(ranker, some, [asks[at] for at in places], now_ms, settings), strict=True))
+    return [answers[at] for at in range(len(asks))]
+
+
+@dataclass(frozen=True)
+class _List:
+    """What is shown to a user, before it is explained."""
+
+    shown: list[str]
+    propensities: list[float]
+    held_back: list[Exclusion]
+    arranged: Chosen
+
+
+def _by_one(
+    ranker: Ranker, known: Sequence[Known], asks: Sequence[Ask], now_ms: int, settings: Settings
+) -> list[Recommendations]:
+    served = known[0].served
+    campaigns = [served.campaign_of[one] for one in known[0].campaigns.ids]
+    boosts = np.asarray([one.boost for one in campaigns], dtype=np.float32)
+    evidence = Evidence.stacked([one.evidence for one in known])
+    scores = ranker.score(evidence) * boosts
+    lists = [
+        _listed(one, ask, scores[at], now_ms, settings) for at, (one, ask) in enumerate(zip(known, asks, strict=True))
+    ]
+    # Only what is shown is split into shares: that costs far more than the scores of all.
+    columns = np.zeros((len(known), max(len(one.shown) for one in lists)), dtype=np.int64)
+    for at, (one, chosen) in enumerate(zip(known, lists, strict=True)):
+        columns[at, : len(chosen.shown)] = [one.column(campaign_id) for campaign_id in chosen.shown]
+    names, shares = ranker.shares(evidence, columns)
+    # A boost lifts nothing above certainty.
+    given = shares * np.take_along_axis(boosts / np.maximum(scores, 1), columns, axis=1)[:, :, None]
+    found = []
+    for at, (one, ask, chosen) in enumerate(zip(known, asks, lists, strict=True)):
+        recommendations = []
+        for place, (campaign_id, propensity) in enumerate(zip(chosen.shown, chosen.propensities, strict=True)):
+            campaign = served.campaign_of[campaign_id]
+            parts: dict[Source, float] = dict(zip(names, map(float, given[at, place]), strict=True))
+            told = reasons(one, campaign_id, parts, with_data=ask.explain)
+            recommendations.append(
+                Recommendation(
+                    campaign_id=campaign_id,
+                    name=campaign.name,
+                    description=campaign.description,
+                    category=campaign.category,
+                    score=round(sum(one.share for one in told), 4),
+                    position=place + 1,
+                    propensity=float(f"{propensity:.6g}"),  # never 0, which no event may carry
+                    reasons=told,
+                )
+            )
+        found.append(
+            Recommendations(
+                user_id=one.viewer.user_id,
+                strategy="personalized" if one.is_personal else "popular",
+                policy=ranker.version,
+                recommendations=recommendations,
+                excluded=[*chosen.held_back, *chosen.arranged.excluded] if ask.explain else None,
+                degraded=sorted(one.missing) or None,
+            )
+        )
+    return found
+
+
+def _listed(known: Known, ask: Ask, scores: Vector, now_ms: int, settings: Settings) -> _List:
     catalog = known.served.catalog
     campaigns = [known.served.campaign_of[one] for one in known.campaigns.ids]
-    boosts = np.asarray([one.boost for one in campaigns], dtype=np.float32)
-    scores = ranker.score(known.evidence)[0] * boosts
     # Who asks why is told of those that ended, too.
-    asked = catalog.campaigns if explain else campaigns
-    held_back = exclusions(asked, known.viewer, now_ms)
+    asked = catalog.campaigns if ask.explain else campaigns
+    held_back = exclusions(asked, known.viewer, now_ms, category=ask.category, unwanted=ask.exclude)
     out = {one.campaign_id for one in held_back}
     order = sorted(range(len(campaigns)), key=lambda at: (-scores[at], campaigns[at].id))
     ranked = [campaigns[at] for at in order if campaigns[at].id not in out]
-    arranged = arrange(ranked, catalog.rules, top)
-    epoch = datetime.fromtimestamp(now_ms / 1000, UTC).strftime("%G-%V")
+    arranged = arrange(ranked, catalog.rules, ask.top)
     shown, propensities = explore(
         [*arranged.campaign_ids, *arranged.spare],
-        top,
+        ask.top,
         user_id=known.viewer.user_id,
-        epoch=epoch,
+        epoch=datetime.fromtimestamp(now_ms / 1000, UTC).strftime("%G-%V"),
         share=settings.exploration_share,
     )
-    columns = np.asarray([known.column(one) for one in shown], dtype=np.int64)
-    # Only what is shown is split into shares: that costs far more than the scores of all.
-    names, shares = ranker.shares(known.evidence, columns)
-    given = shares[0] * (boosts / np.maximum(scores, 1))[columns, None]  # a boost lifts nothing above certainty
-    found = []
-    for place, (campaign_id, propensity) in enumerate(zip(shown, propensities, strict=True), start=1):
-        campaign = known.served.campaign_of[campaign_id]
-        parts: dict[Source, float] = dict(zip(names, map(float, given[place - 1]), strict=True))
-        told = reasons(known, campaign_id, parts, with_data=explain)
-        found.append(
-            Recommendation(
-                campaign_id=campaign_id,
-                name=campaign.name,
-                description=campaign.description,
-                category=campaign.category,
-                score=round(sum(one.share for one in told), 4),
-                position=place,
-                propensity=float(f"{propensity:.6g}"),  # never 0, which no event may carry
-                reasons=told,
-            )
-        )
-    return Recommendations(
-        user_id=known.viewer.user_id,
-        strategy="personalized" if known.is_personal else "popular",
-        policy=ranker.version,
-        recommendations=found,
-        excluded=[*held_back, *arranged.excluded] if explain else None,
-    )
+    return _List(shown, propensities, held_back, arranged)
 
 
 def _ranker(known: Known, settings: Settings) -> Ranker:
@@ -161,3 +443,25 @@ def _ranker(known: Known, settings: Settings) -> Ranker:
     if name == "auto":
         return known.served.learned or NAMED_RANKERS[known.served.fusion]
     return NAMED_RANKERS[name]
+
+
+def _policy_digest(settings: Settings) -> str:
+    """Digest of every setting that an answer depends on: processes that are set otherwise share no answers."""
+    names = (
+        "ranker",
+        "exploration_share",
+        "experiment_name",
+        "experiment_ranker",
+        "experiment_share",
+        "neighbours",
+        "profile_half_life_days",
+    )
+    return hashlib.blake2b(repr([getattr(settings, one) for one in names]).encode(), digest_size=4).hexdigest()
+
+
+def _wanted(ask: Ask, before: LookedUp | None) -> _Wanted:
+    return _Wanted(ask, before.generation if before else b"", before.touched if before else b"")
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

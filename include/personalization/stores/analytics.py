@@ -27,7 +27,9 @@ from sqlalchemy import (
     Numeric,
     Select,
     String,
+    Subquery,
     Table,
+    bindparam,
     case,
     create_engine,
     delete,
@@ -70,6 +72,7 @@ _SERVING = 1
 _IMPRESSIONS_KEPT_S = 365 * 86_400  # as far back as a frequency cap may look
 _IMPRESSIONS_KEPT = 5000
 _EXPRESSED_KEPT = 50
+_MESSAGES, _EVENT, _EXPRESSED = "messages", "event", "expressed"
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -690,48 +693,98 @@ class AsyncAnalyticsReader:
             raise StoreError("analytics", "nothing has been published yet; run the pipeline")
         return content
 
-    async def user_facts(self, user_id: str) -> UserFacts:
-        """The number of messages, the events that rules ask for, and the newest messages that express an intent.
-
-        Of the events the last conversion and dismissal of each campaign, and the impressions of the last year. Four
-        statements over indexes by user, on one connection.
-        """
-        since = (datetime.now(UTC).timestamp() - _IMPRESSIONS_KEPT_S) * 1000
-        mine = MessageIntent.user_id == user_id
-        count = select(func.count(MessageIntent.message_id.distinct())).where(mine)
-        answered = (
-            select(EventRecord.campaign_id, EventRecord.event, func.max(EventRecord.timestamp).label("timestamp"))
-            .where(EventRecord.user_id == user_id, EventRecord.event.in_(("conversion", "dismiss")))
-            .group_by(EventRecord.campaign_id, EventRecord.event)
-        )
-        shown = (
-            select(EventRecord.campaign_id, EventRecord.event, EventRecord.timestamp)
-            .where(EventRecord.user_id == user_id, EventRecord.event == "impression", EventRecord.timestamp > since)
-            .order_by(EventRecord.timestamp.desc())
-            .limit(_IMPRESSIONS_KEPT)
-        )
-        expressed = (
-            select(MessageIntent.message_id, MessageIntent.intent_id, MessageIntent.timestamp)
-            .where(mine, MessageIntent.intent_id != OTHER_INTENT)
-            .order_by(MessageIntent.timestamp.desc())
-            .limit(_EXPRESSED_KEPT)
-        )
+    async def learned_at(self) -> int | None:
+        """The moment of what was published last, in epoch milliseconds; None where nothing was. Reads no content."""
         with analytics_errors():
             async with self.engine.connect() as connection:
-                return UserFacts(
-                    (await connection.execute(count)).scalar_one(),
-                    [
-                        UserEvent(row.campaign_id, cast("EventKind", row.event), row.timestamp)
-                        for query in (answered, shown)
-                        for row in await connection.execute(query)
-                    ],
-                    [ExpressedMessage(*row) for row in await connection.execute(expressed)],
-                )
+                return (await connection.execute(select(Served.learned_at))).scalar_one_or_none()
+
+    async def user_facts(self, user_ids: Sequence[str]) -> dict[str, UserFacts]:
+        """The number of messages, the events that rules ask for, and the newest messages that express an intent.
+
+        Of the events the last conversion and dismissal of each campaign, and the impressions of the last year. One
+        statement over indexes by user, whatever the number of users.
+        """
+        since = (datetime.now(UTC).timestamp() - _IMPRESSIONS_KEPT_S) * 1000
+        facts = {user_id: UserFacts(0, [], []) for user_id in user_ids}
+        with analytics_errors():
+            async with self.engine.connect() as connection:
+                rows = (await connection.execute(_FACTS, {"user_ids": list(user_ids), "since": since})).all()
+        for user_id, kind, name, what, moment in rows:
+            known = facts[user_id]
+            if kind == _MESSAGES:
+                facts[user_id] = known._replace(messages=moment)
+            elif kind == _EXPRESSED:
+                known.expressed.append(ExpressedMessage(name, what, moment))
+            else:
+                known.events.append(UserEvent(name, cast("EventKind", what), moment))
+        for known in facts.values():
+            known.expressed.sort(key=lambda one: (-one.timestamp, one.message_id))
+        return facts
 
 
 def open_read_only(settings: Settings) -> Engine:
     """Engine for readers such as the dashboard. SQLite refuses every write, and a missing file stays missing."""
     return create_engine(_read_only(settings.analytics_database, "sqlite"))
+
+
+def _facts_query() -> CompoundSelect[*tuple[Any, ...]]:
+    """What `UserFacts` hold, as rows (user, kind, name, what, number or moment)."""
+    of_message = MessageIntent.user_id.in_(bindparam("user_ids", expanding=True))
+    of_event = EventRecord.user_id.in_(bindparam("user_ids", expanding=True))
+    nothing = literal("")
+    messages = (
+        select(
+            MessageIntent.user_id,
+            literal(_MESSAGES),
+            nothing,
+            nothing,
+            func.count(MessageIntent.message_id.distinct()),
+        )
+        .where(of_message)
+        .group_by(MessageIntent.user_id)
+    )
+    answered = (
+        select(
+            EventRecord.user_id,
+            literal(_EVENT),
+            EventRecord.campaign_id,
+            EventRecord.event,
+            func.max(EventRecord.timestamp),
+        )
+        .where(of_event, EventRecord.event.in_(("conversion", "dismiss")))
+        .group_by(EventRecord.user_id, EventRecord.campaign_id, EventRecord.event)
+    )
+    shown = select(
+        EventRecord.user_id,
+        literal(_EVENT).label("kind"),
+        EventRecord.campaign_id,
+        EventRecord.event,
+        EventRecord.timestamp,
+        func.row_number().over(partition_by=EventRecord.user_id, order_by=EventRecord.timestamp.desc()).label("rank"),
+    ).where(of_event, EventRecord.event == "impression", EventRecord.timestamp > bindparam("since"))
+    expressed = select(
+        MessageIntent.user_id,
+        literal(_EXPRESSED).label("kind"),
+        MessageIntent.message_id,
+        MessageIntent.intent_id,
+        MessageIntent.timestamp,
+        func.row_number()
+        .over(partition_by=MessageIntent.user_id, order_by=MessageIntent.timestamp.desc())
+        .label("rank"),
+    ).where(of_message, MessageIntent.intent_id != OTHER_INTENT)
+    return union_all(
+        messages, answered, _first(shown.subquery(), _IMPRESSIONS_KEPT), _first(expressed.subquery(), _EXPRESSED_KEPT)
+    )
+
+
+def _first(ranked: Subquery, most: int) -> Select[*tuple[Any, ...]]:
+    """Its rows up to the rank `most`, without the rank."""
+    return select(*list(ranked.c)[:-1]).where(ranked.c.rank <= most)
+
+
+_FACTS = _facts_query()
+"""Built once: making it costs as much as asking it."""
 
 
 def _mentions(user_ids: Sequence[str]) -> Select[*tuple[Any, ...]]:

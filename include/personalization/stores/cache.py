@@ -1,21 +1,31 @@
 """Redis: answers with a time to live, fenced by the serving generation.
 
-The generation is part of every key. `publish` moves it on, so answers computed from older data are
-never looked up again and expire by themselves.
+The generation is part of every stored answer. `publish` moves it on, so answers computed from older data are
+never given as fresh again and expire by themselves.
 """
 
-from collections.abc import Iterator
+import random
+import secrets
+import time
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import cast
 
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, RedisError
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from personalization.errors import StoreError
 from personalization.settings import Settings
 
 _GENERATION_KEY = "personalization:generation"
+_EARLIEST = 0.8
+_KEPT_TTLS = 12
+"""Times to live for which an answer is kept to stand in."""
 
 
 @contextmanager
@@ -57,22 +67,83 @@ class CachePublisher:
         with redis_errors():
             return int(self.client.incr(_GENERATION_KEY))
 
+    def touch(self, user_id: str, ttl_s: int) -> None:
+        """Make all cached answers of the user old, those being made now, too; `ttl_s` is that of an answer."""
+        with redis_errors():
+            self.client.set(_touched_key(user_id), secrets.token_hex(8), ex=ttl_s * _KEPT_TTLS * 2)
+
+    def erase_user(self, user_id: str) -> dict[str, int]:
+        """Delete the user's answers; return how many. Reads the names of all keys, 1,000 a round trip."""
+        with redis_errors():
+            keys = self._answers_of(user_id)
+            return {"answers": int(self.client.delete(*keys)) if keys else 0}
+
+    def count_user(self, user_id: str) -> int:
+        """Stored answers of the user."""
+        with redis_errors():
+            return len(self._answers_of(user_id))
+
+    def _answers_of(self, user_id: str) -> list[bytes]:
+        # No id holds a character that a pattern would take for another.
+        return list(self.client.scan_iter(match=answer_key(user_id, "*"), count=1000))
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An answer as it was stored."""
+
+    generation: bytes
+    touched: bytes
+    fresh_until: float
+    """Seconds since the epoch."""
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LookedUp:
+    """What Redis says about an answer."""
+
+    generation: bytes
+    """The serving generation; 0 before the first publish."""
+    touched: bytes
+    """Changes with everything the user did that must count at once."""
+    stored: Stored | None
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the stored answer is of this generation, and of what the user did last."""
+        stored = self.stored
+        return stored is not None and stored.generation == self.generation and stored.touched == self.touched
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the stored answer may be given as it is."""
+        return self.is_current and time.time() < self.stored.fresh_until  # type: ignore[union-attr]
+
 
 class AsyncCache:
-    """The API's side: answers by user, `top` and generation."""
+    """The API's side: answers by user and variant.
+
+    A stored answer carries the generation and the user's token it was made under. Reading those that count now and
+    the answer is one `MGET`, so what is not of now is seen in the same round trip. Answers stay for a while after
+    they are fresh, to stand in while a new one is made or a store is down.
+    """
 
     def __init__(self, client: AsyncRedis, ttl_s: int) -> None:
         self.client = client
         self._ttl_s = ttl_s
+        self.untouched: set[str] = set()
+        """Users whose cached answers are old without Redis knowing it; made up for before their next look-up."""
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "AsyncCache":
-        """Connect lazily."""
+        """Connect lazily. A connection that has died is replaced once; what is slow is not asked again."""
         with redis_errors():
             client = AsyncRedis.from_url(
                 settings.redis_url.get_secret_value(),
-                socket_timeout=settings.store_timeout_s,
-                socket_connect_timeout=settings.store_timeout_s,
+                socket_timeout=settings.answer_store_timeout_s,
+                socket_connect_timeout=settings.answer_store_timeout_s,
+                retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
             )
         return cls(client, settings.cache_ttl_s)
 
@@ -81,16 +152,56 @@ class AsyncCache:
         with redis_errors():
             return int(await self.client.get(_GENERATION_KEY) or 0)
 
-    async def get(self, generation: int, user_id: str, top: int, *, explain: bool = False) -> bytes | None:
-        """A stored answer, as the bytes it was stored as."""
+    async def look_up(self, asked: Sequence[tuple[str, str]]) -> list[LookedUp]:
+        """Of each (user, variant), where a variant is what was asked about the user. One round trip."""
+        if self.untouched and (late := self.untouched & {user_id for user_id, _ in asked}):
+            await self.touch(late)
+        keys = [_GENERATION_KEY]
+        for user_id, variant in asked:
+            keys += (_touched_key(user_id), answer_key(user_id, variant))
         with redis_errors():
-            return cast("bytes | None", await self.client.get(_answer_key(generation, user_id, top, explain=explain)))
+            generation, *values = cast("list[bytes | None]", await self.client.mget(keys))
+        generation = generation or b"0"
+        return [
+            LookedUp(generation, touched or b"", _parsed(value) if value is not None else None)
+            for touched, value in zip(values[::2], values[1::2], strict=True)
+        ]
 
-    async def put(self, generation: int, user_id: str, top: int, answer: bytes, *, explain: bool = False) -> None:
-        """Store an answer until its time to live is over."""
+    async def put(self, answers: Sequence[tuple[str, str, bytes, bytes, bytes]]) -> None:
+        """Store answers as (user, variant, generation, token, JSON), in one round trip.
+
+        Under the generation and token looked up before the evidence was: what was published or done meanwhile makes
+        them old at once.
+        """
+        now = time.time()
         with redis_errors():
-            await self.client.set(_answer_key(generation, user_id, top, explain=explain), answer, ex=self._ttl_s)
+            pipeline = self.client.pipeline(transaction=False)
+            for user_id, variant, generation, touched, body in answers:
+                # Spread, so that what was made at once does not end at once.
+                fresh_until = now + self._ttl_s * random.uniform(_EARLIEST, 1)  # noqa: S311
+                value = b"|".join((generation, touched, b"%.3f" % fresh_until, body))
+                pipeline.set(answer_key(user_id, variant), value, ex=self._ttl_s * _KEPT_TTLS)
+            await pipeline.execute()
+
+    async def touch(self, user_ids: Collection[str]) -> None:
+        """Make all cached answers of the users old, those being made now, too. One round trip."""
+        with redis_errors():
+            pipeline = self.client.pipeline(transaction=False)
+            for user_id in user_ids:
+                pipeline.set(_touched_key(user_id), secrets.token_hex(8), ex=self._ttl_s * _KEPT_TTLS * 2)
+            await pipeline.execute()
+        self.untouched.difference_update(user_ids)
 
 
-def _answer_key(generation: int, user_id: str, top: int, *, explain: bool) -> str:
-    return f"{'explained' if explain else 'recommendations'}:{generation}:{top}:{user_id}"
+def answer_key(user_id: str, variant: str) -> str:
+    """The braces keep all keys of a user in one slot of a cluster; no id holds one."""
+    return f"answer:{{{user_id}}}:{variant}"
+
+
+def _touched_key(user_id: str) -> str:
+    return f"touched:{{{user_id}}}"
+
+
+def _parsed(value: bytes) -> Stored:
+    generation, touched, fresh_until, body = value.split(b"|", 3)
+    return Stored(generation, touched, float(fresh_until), body)

@@ -141,6 +141,12 @@ class VectorStore:
             for start in range(0, len(ids), _WRITE_ROWS):
                 self.client.delete(collection, ids=list(ids[start : start + _WRITE_ROWS]), timeout=120)
 
+    def seal(self, collections: Sequence[str]) -> None:
+        """Have what was written indexed now: until then every search goes through it vector by vector."""
+        with milvus_errors():
+            for one in collections:
+                self.client.flush(one, timeout=120)
+
     def count(self, collection: str) -> int:
         """Rows a reader sees."""
         with milvus_errors():
@@ -224,36 +230,38 @@ class AsyncVectorReader:
         if self._connected is not None:
             await self._connected.close()
 
-    async def user_vectors(self, user_id: str) -> Vectors:
-        """The user's vector and behind it those of their interests, (1 + k, dim); (0, dim) for an unknown user.
+    async def user_vectors(self, user_ids: Sequence[str]) -> dict[str, Vectors]:
+        """Each user's vector and behind it those of their interests, (1 + k, dim); unknown users are left out.
 
-        One round trip for each of the two collections, at once.
+        One round trip for each of the two collections, at once, whatever the number of users.
         """
-        interests = [interest_id(user_id, place) for place in range(INTERESTS_PER_USER)]
-        own, apart = await asyncio.gather(self._get(USERS, [user_id]), self._get(INTERESTS, interests))
-        apart.sort(key=lambda row: row["id"])
-        return np.asarray([row["embedding"] for row in ([*own, *apart] if own else [])], dtype=np.float32)
+        interests = {interest_id(one, place): one for one in user_ids for place in range(INTERESTS_PER_USER)}
+        own, apart = await asyncio.gather(self._get(USERS, list(user_ids)), self._get(INTERESTS, list(interests)))
+        rows = {row["id"]: [row["embedding"]] for row in own}
+        for row in sorted(apart, key=lambda row: row["id"]):
+            if (user_id := interests[row["id"]]) in rows:
+                rows[user_id].append(row["embedding"])
+        return {user_id: np.asarray(found, dtype=np.float32) for user_id, found in rows.items()}
 
-    async def neighbours(self, user_id: str, vector: Vector, limit: int) -> list[Neighbour]:
-        """Users nearest to the vector by cosine, best first, never the user.
+    async def neighbours(self, vectors: Vectors, limit: int) -> list[list[Neighbour]]:
+        """Users nearest to each of the vectors (n, dim) by cosine, best first; a user is nearest to themselves.
 
-        One round trip. Over-fetches by one instead of filtering: filtered HNSW returns too few hits.
+        One round trip.
         """
-        if limit == 0:
-            return []
+        if limit == 0 or not len(vectors):
+            return [[] for _ in vectors]
 
         async def search(client: AsyncMilvusClient) -> Any:
             return await client.search(
                 USERS,
-                data=[vector.tolist()],
-                limit=limit + 1,
-                search_params={"metric_type": "COSINE", "params": {"ef": max(64, limit + 1)}},
+                data=list(vectors),
+                limit=limit,
+                search_params={"metric_type": "COSINE", "params": {"ef": max(64, limit)}},
                 timeout=self._settings.store_timeout_s,
             )
 
-        hits = await self._loaded(USERS, search)
-        others = (Neighbour(user_id=hit["id"], similarity=float(hit["distance"])) for hit in hits[0])
-        return [one for one in others if one["user_id"] != user_id][:limit]
+        found = await self._loaded(USERS, search)
+        return [[Neighbour(user_id=hit["id"], similarity=float(hit["distance"])) for hit in hits] for hits in found]
 
     async def _get(self, collection: str, ids: list[str]) -> list[dict[str, Any]]:
         async def get(client: AsyncMilvusClient) -> Any:

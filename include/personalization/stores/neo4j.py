@@ -75,12 +75,14 @@ _WRITE_USERS: tuple[LiteralString, ...] = (
 )
 
 _LINKS: LiteralString = """
-    MATCH (u:User {user_id: $user_id})-[e:EXPRESSED]->(i:Intent)
-    RETURN 'intent' AS kind, i.intent_id AS id, i.name AS name,
+    UNWIND $user_ids AS user_id
+    MATCH (u:User {user_id: user_id})-[e:EXPRESSED]->(i:Intent)
+    RETURN user_id, 'intent' AS kind, i.intent_id AS id, i.name AS name,
            e.count AS count, e.weight AS weight, e.last_seen AS last_at
     UNION ALL
-    MATCH (u:User {user_id: $user_id})-[g:ENGAGED_WITH]->(c:Campaign)
-    RETURN 'campaign' AS kind, c.campaign_id AS id, c.name AS name,
+    UNWIND $user_ids AS user_id
+    MATCH (u:User {user_id: user_id})-[g:ENGAGED_WITH]->(c:Campaign)
+    RETURN user_id, 'campaign' AS kind, c.campaign_id AS id, c.name AS name,
            g.count AS count, g.weight AS weight, g.last_at AS last_at
 """
 
@@ -89,15 +91,16 @@ _ENGAGED_BY: LiteralString = """
     UNWIND $neighbours AS neighbour
     MATCH (u:User {user_id: neighbour.user_id})-[g:ENGAGED_WITH]->(c:Campaign)
     WHERE c.active_from <= $now AND $now < c.active_until
-    WITH c.campaign_id AS campaign_id, neighbour.similarity AS similarity,
+    WITH neighbour.at AS at, c.campaign_id AS campaign_id, neighbour.similarity AS similarity,
          g.weight * exp((g.last_at - $now) * $fading) AS weight
-    RETURN campaign_id, sum(similarity * log(1.0 + weight)) AS score, count(*) AS users
+    RETURN at, campaign_id, sum(similarity * log(1.0 + weight)) AS score, count(*) AS users
 """
 
 
 class LinkRow(TypedDict):
     """An intent a user expressed, or a campaign they engaged with."""
 
+    user_id: str
     kind: str
     id: str
     name: str
@@ -108,8 +111,10 @@ class LinkRow(TypedDict):
 
 
 class EngagedRow(TypedDict):
-    """A campaign that users engaged with."""
+    """A campaign that the users near to one of those asked for engaged with."""
 
+    at: int
+    """Place of the one asked for."""
     campaign_id: str
     score: float
     """Sum of similarity times log(1 + weight)."""
@@ -261,14 +266,19 @@ class AsyncGraphReader:
             driver = AsyncGraphDatabase.driver(settings.neo4j_uri, **_driver_options(settings))
         return cls(driver, settings.neo4j_database, settings.store_timeout_s)
 
-    async def links(self, user_id: str) -> list[LinkRow]:
-        """What the user expressed and engaged with: a row for each edge."""
-        return await self._read(_LINKS, user_id=user_id)
+    async def links(self, user_ids: Sequence[str]) -> list[LinkRow]:
+        """What the users expressed and engaged with: a row for each edge."""
+        return await self._read(_LINKS, user_ids=list(user_ids))
 
-    async def engaged_by(self, neighbours: Sequence[Neighbour], now_ms: int, half_life_days: float) -> list[EngagedRow]:
-        """What similar users engaged with, summed in the store: a row for each running campaign."""
+    async def engaged_by(
+        self, neighbours: Sequence[Sequence[Neighbour]], now_ms: int, half_life_days: float
+    ) -> list[EngagedRow]:
+        """What the users near to each one asked for engaged with, summed in the store: a row for each of their
+        running campaigns.
+        """
+        flat = [{**one, "at": at} for at, near in enumerate(neighbours) for one in near]
         return await self._read(
-            _ENGAGED_BY, neighbours=list(neighbours), now=now_ms, fading=math.log(2) / (half_life_days * DAY_MS)
+            _ENGAGED_BY, neighbours=flat, now=now_ms, fading=math.log(2) / (half_life_days * DAY_MS)
         )
 
     async def _read(self, query: LiteralString, **parameters: Any) -> list[Any]:
