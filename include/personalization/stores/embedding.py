@@ -62,6 +62,15 @@ class AsyncEmbedder:
             raise StoreError(_STORE, f"embeds by {own}, what is stored by {model}; set EMBEDDING_MODEL alike")
         return vectors
 
+    async def ping(self) -> None:
+        """One round trip. Raises `StoreError` if the service does not answer, or cannot embed yet."""
+        try:
+            response = await self.client.get("/ready")
+        except httpx.HTTPError as error:
+            raise StoreError(_STORE, f"does not answer ({type(error).__name__}); is it running?") from error
+        if response.is_error:
+            raise StoreError(_STORE, "is not ready; its model is not loaded yet")
+
     async def aclose(self) -> None:
         """Close the connections."""
         await self.client.aclose()

@@ -75,6 +75,8 @@ class Readiness:
             "milvus": lambda: recommender.vectors.user_vectors([_NOBODY]),
             "neo4j": lambda: recommender.graph.links([_NOBODY]),
             "analytics": recommender.analytics.learned_at,
+            "mongodb": recommender.events.ping,
+            "embedding": recommender.embedder.ping,
         }
         answers = await asyncio.gather(*(_asked(probe) for probe in probes.values()))
         stores = {name: state for name, (state, _) in zip(probes, answers, strict=True)}
