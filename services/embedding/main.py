@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -159,6 +160,9 @@ async def _load(settings: Settings) -> Encoder:
 
 
 def _warm_encoder(settings: Settings) -> Encoder:
+    # Read when torch is loaded. Threads that spin while they wait for each other take ten times as long for a short
+    # text where they share the cores with others.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     encoder = Encoder(settings.embedding_model, settings.embedding_dim, settings.embedding_batch_size)
     encoder.encode(["warm"])  # the first inference takes far longer than others
     return encoder

@@ -247,7 +247,7 @@ def test_the_api_loads_nothing_of_the_pipeline_of_airflow_or_of_the_dashboard():
     unwanted |= {"personalization_airflow", "supervisor", "typer"}
     assert {name for name in loaded if name.partition(".")[0] in unwanted} == set()
     ours = {name.split(".")[1] for name in loaded if name.startswith("personalization.")}
-    assert ours == {"recommend", "stores", "understanding", "settings", "schemas", "errors"}
+    assert ours == {"recommend", "stores", "understanding", "keys", "settings", "schemas", "errors"}
     assert "personalization.stores.mongo" not in loaded
 
 
