@@ -11,9 +11,16 @@ from personalization.settings import Settings
 
 from services.api.base import base_app
 from services.api.logs import configure_logs
-from services.api.routes import erasure, operations, recommendations
+from services.api.routes import campaigns, erasure, events, operations, recommendations, users
 
-ROUTERS: tuple[APIRouter, ...] = (recommendations.router, erasure.router, operations.router)
+ROUTERS: tuple[APIRouter, ...] = (
+    recommendations.router,
+    events.router,
+    campaigns.router,
+    users.router,
+    erasure.router,
+    operations.router,
+)
 UNVERSIONED = ("/recommendations/{user_id}", "/health")
 """Paths that are also there without `/v1`."""
 

@@ -1,6 +1,6 @@
 """Errors as RFC 9457 `application/problem+json`. Nothing internal is told, and nothing that was sent is repeated."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -33,6 +33,8 @@ _MEANINGS = {
     401: "No API key, or one that is not known.",
     403: "The key lacks the scope; or there are no keys, and the client is on another machine.",
     404: "There is no such thing.",
+    409: "The `event_id` is that of another event.",
+    410: "The user was erased; nothing of theirs is taken.",
     413: "The body is larger than MAX_BODY_BYTES.",
     422: "An id, a parameter or the body is not valid; `detail` says which.",
     429: "Too many requests with this key; try again after `Retry-After` seconds.",
@@ -60,6 +62,13 @@ def problem(status: int, detail: str, headers: Mapping[str, str] | None = None) 
     return Response(content.model_dump_json(), status, headers, media_type=MEDIA_TYPE)
 
 
+def told(errors: Iterable[Mapping[str, Any]]) -> str:
+    """What pydantic found wrong, in words that repeat nothing of what was sent."""
+    found = [_told(one) for one in errors]
+    more = [f"and {len(found) - _TOLD} more"] if len(found) > _TOLD else []
+    return "; ".join([*found[:_TOLD], *more])
+
+
 async def _store_error(request: Request, error: StoreError) -> Response:  # noqa: ARG001
     log.error("store error", store=error.store, problem=str(error))
     detail = f"The {error.store} store does not answer, or no run has been published yet."
@@ -67,9 +76,7 @@ async def _store_error(request: Request, error: StoreError) -> Response:  # noqa
 
 
 async def _validation_error(request: Request, error: RequestValidationError) -> Response:  # noqa: ARG001
-    found = [_told(one) for one in error.errors()]
-    more = [f"and {len(found) - _TOLD} more"] if len(found) > _TOLD else []
-    return problem(422, "; ".join([*found[:_TOLD], *more]))
+    return problem(422, told(error.errors()))
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:  # noqa: ARG001

@@ -326,6 +326,28 @@ class UserFacts(NamedTuple):
     """The newest first."""
 
 
+class TakingRun(NamedTuple):
+    """A run that took messages or events of a user."""
+
+    run_id: str
+    started_at: datetime | None
+    """None until its lineage is recorded."""
+    messages: int
+    events: int
+
+
+class UserRecord(NamedTuple):
+    """All that SQL holds of a user, summed up."""
+
+    messages: int
+    last_message_at: int | None
+    """Epoch milliseconds."""
+    expressed: list[ExpressedIntent]
+    engagement: list[Engagement]
+    runs: list[TakingRun]
+    """The newest first."""
+
+
 @contextmanager
 def analytics_errors() -> Iterator[None]:
     """Turn driver errors into a `StoreError` that names the store and no credential."""
@@ -678,7 +700,10 @@ class AsyncAnalyticsReader:
     @classmethod
     def from_settings(cls, settings: Settings) -> "AsyncAnalyticsReader":
         """Open the database for reading."""
-        return cls(create_async_engine(_read_only(settings.analytics_database, "sqlite+aiosqlite")))
+        engine = create_async_engine(_read_only(settings.analytics_database, "sqlite+aiosqlite"))
+        if engine.dialect.name == "sqlite":
+            event.listen(engine.sync_engine, "connect", _add_power)
+        return cls(engine)
 
     async def served(self) -> bytes:
         """What was published last.
@@ -721,6 +746,25 @@ class AsyncAnalyticsReader:
         for known in facts.values():
             known.expressed.sort(key=lambda one: (-one.timestamp, one.message_id))
         return facts
+
+    async def user_record(self, user_id: str, half_life_days: float) -> UserRecord:
+        """What the runs know of a user. Four statements over indexes by user, on one connection."""
+        mine = MessageIntent.user_id == user_id
+        said = select(func.count(MessageIntent.message_id.distinct()), func.max(MessageIntent.timestamp)).where(mine)
+        engaged = select(UserEngagement.__table__).where(UserEngagement.user_id == user_id)
+        with analytics_errors():
+            async with self.engine.connect() as connection:
+                messages, last_message_at = (await connection.execute(said)).one()
+                expressed = (await connection.execute(_expressed_query([user_id], half_life_days))).mappings().all()
+                engagement = (await connection.execute(engaged)).mappings().all()
+                runs = (await connection.execute(_taking_runs(user_id))).all()
+        return UserRecord(
+            messages,
+            last_message_at,
+            [ExpressedIntent(**row) for row in expressed],
+            [Engagement(**row) for row in engagement],
+            [TakingRun(*row) for row in runs],
+        )
 
 
 def open_read_only(settings: Settings) -> Engine:
@@ -785,6 +829,26 @@ def _first(ranked: Subquery, most: int) -> Select[*tuple[Any, ...]]:
 
 _FACTS = _facts_query()
 """Built once: making it costs as much as asking it."""
+
+
+def _taking_runs(user_id: str) -> Select[*tuple[Any, ...]]:
+    """`TakingRun` of the user, the newest first."""
+    messages = select(MessageIntent.run_id, MessageIntent.message_id.label("message"), literal(None).label("event"))
+    events = select(EventRecord.run_id, literal(None), EventRecord.event_id)
+    taken = union_all(
+        messages.where(MessageIntent.user_id == user_id), events.where(EventRecord.user_id == user_id)
+    ).subquery()
+    started_at = select(func.min(PipelineRun.started_at)).where(PipelineRun.run_id == taken.c.run_id).scalar_subquery()
+    return (
+        select(
+            taken.c.run_id,
+            started_at.label("started_at"),
+            func.count(taken.c.message.distinct()),
+            func.count(taken.c.event),
+        )
+        .group_by(taken.c.run_id)
+        .order_by(started_at.desc().nulls_first(), taken.c.run_id)
+    )
 
 
 def _mentions(user_ids: Sequence[str]) -> Select[*tuple[Any, ...]]:
@@ -934,11 +998,15 @@ def _make_sqlite_folder(url: URL) -> None:
             raise StoreError("analytics", f"cannot make the folder of SQLITE_PATH ({error.strerror})") from error
 
 
-def _configure_sqlite(connection: Any, record: ConnectionPoolEntry) -> None:  # noqa: ARG001
+def _configure_sqlite(connection: Any, record: ConnectionPoolEntry) -> None:
     cursor = connection.cursor()
     cursor.execute("PRAGMA journal_mode=WAL")  # readers and the one writer do not block each other
     cursor.execute("PRAGMA synchronous=FULL")
     cursor.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}")
     cursor.close()
+    _add_power(connection, record)
+
+
+def _add_power(connection: Any, record: ConnectionPoolEntry) -> None:  # noqa: ARG001
     # Not every build of SQLite has it.
     connection.create_function("power", 2, math.pow, deterministic=True)
