@@ -68,6 +68,10 @@ def _readable_text(text: str) -> str:
     return text
 
 
+MessageText = Annotated[str, AfterValidator(_readable_text)]
+"""What somebody said: not blank, no NUL, valid UTF-8."""
+
+
 def parse_moment(value: Any) -> datetime:
     """Aware UTC from an ISO 8601 string; one without a zone is UTC."""
     if not isinstance(value, str):
@@ -98,7 +102,7 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
     user_id: Identifier
-    message: Annotated[str, AfterValidator(_readable_text)]
+    message: MessageText
     timestamp: PastMoment
     message_id: Identifier = Field(default=None, validate_default=True)
 

@@ -4,7 +4,7 @@ from typing import Annotated, Final
 
 from fastapi import APIRouter, Query, Request, Response
 from personalization.recommend.service import Answer, Ask
-from personalization.schemas import CatalogId, Identifier, Preview, Recommendations, is_identifier
+from personalization.schemas import CatalogId, Identifier, MessageText, Preview, Recommendations, is_identifier
 from personalization.stores.cache import LookedUp
 from pydantic import BaseModel, Field
 from starlette.types import Scope
@@ -96,7 +96,7 @@ class BatchAnswer(BaseModel):
 class PreviewAsk(BaseModel):
     """What somebody says."""
 
-    message: str = Field(min_length=1, max_length=8192, examples=["Any cheap flights to Porto in May?"])
+    message: MessageText = Field(min_length=1, max_length=8192, examples=["Any cheap flights to Porto in May?"])
     top: int = Field(default=5, ge=1, le=50)
 
 
