@@ -73,7 +73,7 @@ async def erase_user(user_id: UserId, request: Request, response: Response, reco
     settings: Settings = request.app.state.settings
     receipt = await asyncio.to_thread(_erase, user_id, settings)
     if any(one.store == "redis" and one.status == "pending" for one in receipt.stores):
-        recommender.cache.untouched.add(user_id)  # what is still cached counts for nothing once Redis is back
+        await recommender.forget([user_id])  # what is still cached counts for nothing once Redis is back
     response.status_code = 200 if receipt.status == "erased" else 202
     return receipt
 
