@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Any, Literal, NamedTuple, TypedDict, cast
 
 from bson.errors import InvalidDocument
@@ -160,12 +161,10 @@ class MongoStore:
                     return
 
     def events_of(self, run_id: str) -> Iterator[list[Document]]:
-        """Yield the run's events by id, 1,000 a round trip."""
-        last = ""
-        with mongo_errors():
-            while page := list(self.events.find({"run_id": run_id, "_id": {"$gt": last}}).sort("_id", 1).limit(_BATCH)):
+        """Yield the run's events by id, 1,000 a round trip, as they were when the first was asked for."""
+        with mongo_errors(), self.events.find({"run_id": run_id}, batch_size=_BATCH).sort("_id", 1) as found:
+            while page := list(islice(found, _BATCH)):
                 yield page
-                last = page[-1]["_id"]
 
     def record_files(self, kind: RecordKind, run_id: str, files: Sequence[Document]) -> None:
         """Remember which files of messages or events a run took."""
