@@ -36,8 +36,8 @@ def configure_logs() -> None:
             foreign_pre_chain=[*_SHARED, structlog.stdlib.add_logger_name],
         )
     )
-    for name in ("", "uvicorn"):
-        logging.getLogger(name).handlers = [handler]
-    logging.getLogger("uvicorn").propagate = False
+    root, server = logging.getLogger(), logging.getLogger("uvicorn")
+    root.handlers = root.handlers or [handler]  # a test's own stay
+    server.handlers, server.propagate = [handler], False
     # Its lines repeat expressions, which hold ids of users; what fails is raised, and told by whoever asked.
     logging.getLogger("pymilvus").setLevel(logging.CRITICAL)

@@ -345,6 +345,7 @@ def test_the_log_of_platform_server_and_drivers_is_json(capsys: pytest.CaptureFi
     loggers = [logging.getLogger(name) for name in ("", "uvicorn", "pymilvus")]
     before = [(one, one.handlers, one.propagate, one.level) for one in loggers]
     try:
+        loggers[0].handlers = []
         configure_logs()
         structlog.contextvars.bind_contextvars(request_id="the-request")
         structlog.get_logger("x").warning("told", store="redis")

@@ -19,7 +19,7 @@ from services.api.security import needs
 router = APIRouter(tags=["operations"])
 guarded = APIRouter(tags=["operations"], route_class=needs("read"))
 
-_DEADLINE_S = 1.0
+_DEADLINE_S = 2.0
 _BELIEVED_S = 1.0
 """How long an answer of `/ready` stands: anybody may ask, and not each time should every store be asked."""
 _NOBODY = "-"
