@@ -7,7 +7,6 @@ from functools import cached_property, partial
 from typing import TypeVar
 
 import numpy as np
-import structlog
 from scipy import sparse
 
 from personalization.errors import StoreError
@@ -29,9 +28,6 @@ _LONGEST_RUN_MS = DAY_MS
 """Events received this long before the served knowledge was learned may not be in SQL yet."""
 
 T = TypeVar("T")
-
-log = structlog.get_logger(__name__)
-
 
 @dataclass(frozen=True)
 class Known:
@@ -207,9 +203,7 @@ async def _partly(guard: Guard, store: str, ask: Callable[[], Awaitable[T]], oth
     """What the store says; `otherwise` where it cannot be asked, which is noted."""
     try:
         return await guard.call(store, ask)
-    except StoreError as error:
-        if store not in missing:
-            log.warning("answering without a store", store=store, problem=str(error))
+    except StoreError:
         missing.add(store)
         return otherwise
 

@@ -7,13 +7,14 @@ from typing import Protocol, TypeVar
 
 import structlog
 from purgatory import AsyncCircuitBreakerFactory
-from purgatory.domain.model import OpenedState
+from purgatory.domain.model import HALF_OPENED, OpenedState
 
 from personalization.errors import StoreError
 
 _FAILURES = 5
 """In a row, after which a store is left alone."""
 _LEFT_ALONE_S = 2.0
+_LEFT_ALONE = "is left alone for a moment: it has failed too often"
 
 T = TypeVar("T")
 
@@ -49,21 +50,33 @@ class Guard:
         started = time.perf_counter()
         failed = True
         try:
-            async with await self._breakers.get_breaker(store):
-                try:
-                    async with asyncio.timeout(deadline):
-                        found = await ask()
-                except TimeoutError:
-                    raise StoreError(store, f"does not answer within {deadline:g} s") from None
+            breaker = await self._breakers.get_breaker(store)
+            if breaker.context.state == HALF_OPENED:  # one is trying; the others need not wait for it
+                raise StoreError(store, _LEFT_ALONE)
+            async with breaker:
+                found = await _within(deadline, store, ask)
             failed = False
         except OpenedState as opened:
             opened.__traceback__ = None  # the breaker raises the same one each time, which would grow by each
-            raise StoreError(store, "is left alone for a moment: it has failed too often") from None
+            raise StoreError(store, _LEFT_ALONE) from None
         else:
             return found
         finally:
             if self._observer is not None:
                 self._observer.store_call(store, time.perf_counter() - started, failed)
+
+
+async def _within(deadline: float, store: str, ask: Callable[[], Awaitable[T]]) -> T:
+    """The answer. A failure is told here, and not again for each answer that a store left alone is missing from."""
+    try:
+        async with asyncio.timeout(deadline):
+            return await ask()
+    except TimeoutError:
+        log.warning("store too slow", store=store, deadline_s=deadline)
+        raise StoreError(store, f"does not answer within {deadline:g} s") from None
+    except StoreError as error:
+        log.warning("store failed", store=store, problem=str(error))
+        raise
 
 
 def _tell(store: str, kind: str, event: object) -> None:

@@ -132,8 +132,7 @@ class Recommender:
         """What the cache holds of each (user, variant), in one round trip; None while Redis is down."""
         try:
             return await self.guard.call("redis", partial(self.cache.look_up, asked))
-        except StoreError as error:
-            log.warning("answering without the cache", problem=str(error))
+        except StoreError:
             return None
 
     def fresh(self, before: LookedUp) -> Answer | None:
@@ -226,8 +225,8 @@ class Recommender:
         self.cache.untouched.update(user_ids)
         try:
             await self.guard.call("redis", partial(self.cache.touch, user_ids))
-        except StoreError as error:
-            log.warning("cached answers are made old when Redis is back", users=len(user_ids), problem=str(error))
+        except StoreError:
+            log.warning("cached answers are made old when Redis is back", users=len(user_ids))
 
     async def warm_up(self) -> None:
         """Connect to every store and read what is served, so that the first user need not wait for it."""
@@ -278,8 +277,8 @@ class Recommender:
     async def _refreshed(self, ask: Ask, before: LookedUp) -> None:
         try:
             await self._batcher.ask(_wanted(ask, before))
-        except StoreError as error:
-            log.warning("an old answer was not made anew", problem=str(error))
+        except StoreError:
+            log.debug("an old answer was not made anew")
 
     def _told(self, answer: Answer) -> Answer:
         if self.observer is not None:
@@ -310,8 +309,8 @@ class Recommender:
         if whole:
             try:
                 await self.guard.call("redis", partial(self.cache.put, whole))
-            except StoreError as error:
-                log.warning("answers were not cached", problem=str(error))
+            except StoreError:
+                log.debug("answers were not cached")
         return answers
 
     async def _knowledge(self, generation: int | None) -> tuple[ServedKnowledge, frozenset[str]]:
@@ -325,10 +324,9 @@ class Recommender:
             if self._served is None or not self._is_current(generation):
                 try:
                     content = await self.guard.call("analytics", self.analytics.served)
-                except StoreError as error:
+                except StoreError:
                     if self._served is None:
                         raise
-                    log.warning("answering by the knowledge of before", problem=str(error))
                     return self._served, frozenset({"analytics"})
                 self._served = await asyncio.to_thread(ServedKnowledge.from_bytes, content)
                 self._generation, self._read_at = generation, time.monotonic()
