@@ -12,6 +12,7 @@ import httpx
 import pytest
 from browser import ARTIFACTS, chromium, needs_browser
 from conftest import SAMPLE, SAMPLE_EVENTS, stack_config
+from personalization.local.config import PACKAGED_MODEL
 from personalization.local.demo import DAG_ID, DagFailedError, run_demo
 from personalization.local.stack import Stack
 from personalization.pipeline.lineage import STAGES
@@ -92,6 +93,12 @@ def demo_output(platform: Platform) -> str:
 
 def manual_run(platform: Platform) -> str:
     return next(run["dag_run_id"] for run in platform.runs() if run["run_type"] == "manual")
+
+
+def test_the_embedding_service_is_ready_by_the_time_the_demo_ends(platform: Platform, demo_output: str) -> None:
+    url = platform.stack.config.platform_env["EMBEDDING_URL"]
+
+    assert httpx.get(f"{url}/ready").raise_for_status().json()["model"] == PACKAGED_MODEL
 
 
 def test_the_demo_shows_every_task_the_recommendations_and_the_three_addresses(
