@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 from conftest import SAMPLE, stack_config
+from personalization.erasure.erase import erase
+from personalization.erasure.places import Places
 from personalization.local.stack import Stack
 from personalization.pipeline.run import run_pipeline
 from personalization.settings import Settings
@@ -22,7 +24,7 @@ def settings(tmp_path: Path) -> Iterator[Settings]:
     stack.stop()
 
 
-async def test_vectors_are_written_once_and_neighbours_are_found(settings: Settings) -> None:
+async def test_vectors_are_written_once_neighbours_are_found_and_a_user_is_erased(settings: Settings) -> None:
     first, again = (run_pipeline(SAMPLE, settings) for _ in range(2))
 
     assert first["status"] == again["status"] == "success", (first, again)
@@ -32,6 +34,10 @@ async def test_vectors_are_written_once_and_neighbours_are_found(settings: Setti
     reader = AsyncVectorReader(settings)
     found = await reader.user_vectors(["maria", "nobody-we-know"])
     [neighbours] = await reader.neighbours(found["maria"][:1], 10)
+    with Places.of(settings) as places:
+        erased = erase("maria", places)
+    assert erased.status == "erased"
+    assert await reader.user_vectors(["maria"]) == {}
     await reader.close()
     assert set(found) == {"maria"}
     assert 2 <= len(found["maria"]) <= 5
