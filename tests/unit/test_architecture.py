@@ -242,13 +242,12 @@ def test_the_api_loads_nothing_of_the_pipeline_of_airflow_or_of_the_dashboard():
     ).split()
 
     assert "services.api.main" in loaded
-    unwanted = {"torch", "transformers", "sentence_transformers", "airflow", "pymongo", "streamlit"}
+    unwanted = {"torch", "transformers", "sentence_transformers", "airflow", "streamlit"}
     unwanted |= {"pyarrow", "sklearn", "networkx", "implicit", "matplotlib", "threadpoolctl", "yaml"}
     unwanted |= {"personalization_airflow", "supervisor", "typer"}
     assert {name for name in loaded if name.partition(".")[0] in unwanted} == set()
     ours = {name.split(".")[1] for name in loaded if name.startswith("personalization.")}
     assert ours == {"recommend", "stores", "understanding", "keys", "settings", "schemas", "errors"}
-    assert "personalization.stores.mongo" not in loaded
 
 
 def test_the_embedding_service_loads_no_driver_and_its_model_not_before_it_answers():
