@@ -7,8 +7,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -153,6 +153,20 @@ def empty_stores(settings: Settings) -> None:
         graph.execute_query("MATCH (n) DETACH DELETE n", database_=settings.neo4j_database)
     with Redis.from_url(settings.redis_url.get_secret_value()) as redis:
         redis.flushdb()
+
+
+@asynccontextmanager
+async def api_of(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the app as the server runs it, with these settings."""
+    from services.api.main import create_app  # most tests need no FastAPI
+
+    app = create_app(settings)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://api") as client,
+    ):
+        yield client
 
 
 class Stores:

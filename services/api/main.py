@@ -43,6 +43,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     warming = asyncio.create_task(recommender.warm_up())
     yield
     warming.cancel()
+    await asyncio.wait([warming])
     await recommender.aclose()
 
 

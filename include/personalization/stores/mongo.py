@@ -322,13 +322,13 @@ class AsyncEventStore:
     async def insert(self, events: Sequence[Event]) -> list[InsertOutcome]:
         """Keep events for the next run; what became of each, in order.
 
-        One that is known stays as it is, with the run that took it. Two round trips whatever the number: who was
-        erased, and the insertion; a third where ids are known.
+        One that is known stays as it is, with the run that took it. Two round trips for up to 1,000: who was erased,
+        and the insertion; a third where ids are known.
         """
         digests = {one.user_id: erasure_id(one.user_id) for one in events}
         outcomes: dict[int, InsertOutcome] = {}
         with mongo_errors():
-            refused = self.erasures.find({"_id": {"$in": list(digests.values())}}, {"_id": 1})
+            refused = self.erasures.find({"_id": {"$in": list(digests.values())}}, {"_id": 1}, batch_size=_BATCH)
             erased = {one["_id"] async for one in refused}
             for at, one in enumerate(events):
                 outcomes[at] = "erased" if digests[one.user_id] in erased else "accepted"
@@ -336,7 +336,7 @@ class AsyncEventStore:
             known = await self._insert([events[at] for at in wanted])
             if known:
                 ids = sorted({events[wanted[at]].event_id for at in known})
-                stored = self.events.find({"_id": {"$in": ids}}, {"content_hash": 1})
+                stored = self.events.find({"_id": {"$in": ids}}, {"content_hash": 1}, batch_size=_BATCH)
                 content = {one["_id"]: one["content_hash"] async for one in stored}
                 for at in (wanted[one] for one in known):
                     is_same = content.get(events[at].event_id) == events[at].content_hash
@@ -358,7 +358,8 @@ class AsyncEventStore:
         found: dict[str, list[PastEventRow]] = {}
         with mongo_errors():
             newest = self.events.find({"user_id": who, "received_at": received}, fields).sort("received_at", -1)
-            for one in await newest.limit(_PENDING_KEPT * len(user_ids)).to_list():
+            limit = _PENDING_KEPT * len(user_ids)
+            for one in await newest.limit(limit).batch_size(limit).to_list():
                 row = PastEventRow(one["campaign_id"], one["event"], int(one["timestamp"].timestamp() * 1000))
                 found.setdefault(one["user_id"], []).append(row)
         return found

@@ -189,7 +189,8 @@ async def receive_batch(
         try:
             valid[index] = _validated(value)
         except ValidationError as error:
-            detail = told(error.errors(include_url=False, include_input=False))
+            faults = error.errors(include_url=False, include_input=False)
+            detail = told({**one, "loc": ("event", *one["loc"])} for one in faults)
             found[index] = BatchEvent(index=index, status="rejected", reason="invalid", detail=detail)
     outcomes, warnings = await _keep(list(valid.values()), recommender)
     for (index, event), outcome, warning in zip(valid.items(), outcomes, warnings, strict=True):
