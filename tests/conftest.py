@@ -127,12 +127,14 @@ def settings(store_stack: Stack, tmp_path: Path) -> Settings:
 
 
 def empty_settings(store_stack: Stack, tmp_path: Path) -> Settings:
-    """Empty the stores, and name folders of the test's own."""
+    """Empty the stores, and name folders of the test's own; patient, as the machine may be busy."""
     settings = store_stack.config.settings(
         sqlite_path=tmp_path / "analytics.db",
         staging_uri=str(tmp_path / "staging"),
         inbox_uri=str(tmp_path / "inbox"),
         store_timeout_s=10,
+        answer_timeout_s=30,
+        answer_store_timeout_s=10,
     )
     empty_stores(settings)
     return settings
@@ -153,6 +155,17 @@ def empty_stores(settings: Settings) -> None:
         graph.execute_query("MATCH (n) DETACH DELETE n", database_=settings.neo4j_database)
     with Redis.from_url(settings.redis_url.get_secret_value()) as redis:
         redis.flushdb()
+
+
+@pytest.fixture(scope="module")
+def published(store_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Settings of stores that hold the sample. No test that asks for it changes what they hold."""
+    folder = tmp_path_factory.mktemp("published")
+    settings = empty_settings(store_stack, folder)
+    from personalization.pipeline.run import run_pipeline  # unit tests need none of it
+
+    assert run_pipeline(SAMPLE, settings, with_quiet_user(folder))["status"] == "success"
+    return settings
 
 
 @asynccontextmanager

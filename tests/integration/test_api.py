@@ -10,8 +10,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from conftest import SAMPLE, EmbeddingService, empty_settings, free_ports, with_quiet_user
-from personalization.local.stack import Stack
+from conftest import SAMPLE, EmbeddingService, api_of, free_ports
 from personalization.pipeline.run import run_pipeline
 from personalization.recommend.service import Recommender
 from personalization.recommend.sources import SOURCES
@@ -23,17 +22,6 @@ from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
-
-from services.api.main import create_app
-
-
-@pytest.fixture(scope="module")
-def published(store_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Settings of stores that hold the sample. No test here changes what they hold."""
-    folder = tmp_path_factory.mktemp("published")
-    settings = empty_settings(store_stack, folder)
-    assert run_pipeline(SAMPLE, settings, with_quiet_user(folder))["status"] == "success"
-    return settings
 
 
 @pytest.fixture
@@ -55,7 +43,7 @@ async def until(holds: Callable[[], bool]) -> None:
 @pytest.fixture
 async def api(published: Settings) -> AsyncIterator[httpx.AsyncClient]:
     forget_answers(published)
-    async for client in serve(published):
+    async with api_of(published) as client:
         yield client
 
 
@@ -64,17 +52,6 @@ def forget_answers(settings: Settings) -> None:
     with Redis.from_url(settings.redis_url.get_secret_value()) as redis:
         for key in [*redis.keys("answer:*"), *redis.keys("touched:*")]:
             redis.delete(key)
-
-
-async def serve(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
-    """The app as the server runs it, with these settings."""
-    app = create_app(settings)
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://api") as client,
-    ):
-        yield client
 
 
 def recommender_of(api: httpx.AsyncClient) -> Recommender:
@@ -288,7 +265,7 @@ async def test_only_a_category_and_not_what_is_unwanted(api: httpx.AsyncClient, 
 
 
 async def test_a_dismissal_counts_on_the_very_next_answer(own_stores: Settings) -> None:
-    async for api in serve(own_stores):
+    async with api_of(own_stores) as api:
         before = await ask(api, "maria")
         first = before["recommendations"][0]["campaign_id"]
         assert (await api.get("/recommendations/maria?top=5")).headers["cache-status"] == "personalization; hit"
@@ -350,7 +327,7 @@ async def test_a_preview_is_what_a_new_user_who_says_this_would_see(
     published: Settings, embedding_service: EmbeddingService
 ) -> None:
     forget_answers(published)
-    async for api in serve(published.model_copy(update={"embedding_url": embedding_service.url})):
+    async with api_of(published.model_copy(update={"embedding_url": embedding_service.url})) as api:
         asked = {"message": "Looking for a cheap weekend flight to Lisbon", "top": 3}
         response = await api.post("/v1/recommendations:preview", json=asked)
 
@@ -367,7 +344,7 @@ async def test_a_preview_is_what_a_new_user_who_says_this_would_see(
 
 async def test_without_the_embedding_service_there_is_no_preview_but_all_else(published: Settings) -> None:
     [port] = free_ports(1)
-    async for api in serve(published.model_copy(update={"embedding_url": f"http://127.0.0.1:{port}"})):
+    async with api_of(published.model_copy(update={"embedding_url": f"http://127.0.0.1:{port}"})) as api:
         response = await api.post("/v1/recommendations:preview", json={"message": "hello"})
         assert response.status_code == 503
         assert "embedding" in response.json()["detail"]
@@ -412,7 +389,7 @@ async def test_the_ranker_can_be_switched(published: Settings) -> None:
     answers = {}
     for ranker in ("fusion", "similar_users"):
         forget_answers(published)
-        async for api in serve(published.model_copy(update={"ranker": ranker})):
+        async with api_of(published.model_copy(update={"ranker": ranker})) as api:
             answers[ranker] = await ask(api, "maria")
             assert answers[ranker]["policy"] == ranker
     forget_answers(published)
@@ -424,7 +401,7 @@ async def test_the_ranker_can_be_switched(published: Settings) -> None:
 async def test_an_experiment_splits_the_users(published: Settings) -> None:
     test = {"ranker": "fusion", "experiment_name": "autumn", "experiment_ranker": "similar_users"}
     forget_answers(published)
-    async for api in serve(published.model_copy(update={**test, "experiment_share": 0.5})):
+    async with api_of(published.model_copy(update={**test, "experiment_share": 0.5})) as api:
         policies = [(await ask(api, f"visitor-{at}"))["policy"] for at in range(40)]
     forget_answers(published)
     assert 8 < policies.count("similar_users") < 32
@@ -444,7 +421,7 @@ async def test_before_the_first_publish_it_is_a_503_that_says_so(
     analytics.engine.dispose()
     forget_answers(published)
 
-    async for api in serve(empty):
+    async with api_of(empty) as api:
         response = await api.get("/recommendations/maria")
 
         assert response.status_code == 503
@@ -504,7 +481,7 @@ async def test_what_a_store_that_is_down_knows_is_missing_and_named(
     stores: tuple[str, ...], published: Settings
 ) -> None:
     forget_answers(published)
-    async for api in serve(without(published, *stores)):
+    async with api_of(without(published, *stores)) as api:
         answer = await ask(api, "maria")
 
         assert answer["degraded"] == sorted(set(stores) - {"redis"})
@@ -516,11 +493,11 @@ async def test_what_a_store_that_is_down_knows_is_missing_and_named(
 
 async def test_the_last_generation_s_answer_stands_in_where_none_can_be_made(published: Settings) -> None:
     forget_answers(published)
-    async for api in serve(published):
+    async with api_of(published) as api:
         whole = await ask(api, "maria")
     with Redis.from_url(published.redis_url.get_secret_value()) as redis:
         redis.incr("personalization:generation")
-    async for api in serve(without(published, "analytics")):
+    async with api_of(without(published, "analytics")) as api:
         assert await ask(api, "maria") == {"degraded": ["analytics"], **whole}
         refused = await api.get("/recommendations/filmfan82")
 
@@ -533,7 +510,7 @@ async def test_the_last_generation_s_answer_stands_in_where_none_can_be_made(pub
 
 async def test_knowledge_outlives_the_store_it_came_from(published: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     forget_answers(published)
-    async for api in serve(published):
+    async with api_of(published) as api:
         await ask(api, "maria")
         recommender = recommender_of(api)
         monkeypatch.setattr(
@@ -549,7 +526,7 @@ async def test_knowledge_outlives_the_store_it_came_from(published: Settings, mo
 
 
 async def test_redis_down_is_slower_not_broken(published: Settings) -> None:
-    async for api in serve(without(published, "redis")):
+    async with api_of(without(published, "redis")) as api:
         first, second = [await ask(api, "maria") for _ in range(2)]
         assert first == second
         assert first["strategy"] == "personalized"

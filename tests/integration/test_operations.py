@@ -7,24 +7,23 @@ from datetime import datetime
 from typing import Any
 
 import pytest
-from conftest import EmbeddingService, empty_settings, free_ports
+from conftest import EmbeddingService, api_of, empty_settings, free_ports
 from personalization.keys import new_key
 from personalization.local.stack import Stack
 from personalization.settings import Settings
 from pydantic import SecretStr
-from test_api import published, serve  # noqa: F401 - the fixture
 
 from services.api.routes import operations
 
 
 @pytest.fixture
-def up(published: Settings, embedding_service: EmbeddingService) -> Settings:  # noqa: F811
+def up(published: Settings, embedding_service: EmbeddingService) -> Settings:
     """Everything is there."""
     return published.model_copy(update={"embedding_url": embedding_service.url})
 
 
 async def ready(settings: Settings, status: int) -> dict[str, Any]:
-    async for api in serve(settings):
+    async with api_of(settings) as api:
         response = await api.get("/v1/ready")
         assert response.status_code == status, response.text
         for secret in (settings.neo4j_password, settings.redis_url, settings.mongodb_uri):
@@ -85,7 +84,7 @@ async def test_it_is_not_ready_while_there_is_nothing_to_answer_from(up: Setting
 async def test_it_stays_ready_by_what_it_has_read_when_the_database_is_gone(up: Settings, tmp_path: Any) -> None:
     moved = tmp_path / "analytics.db"
     moved.write_bytes(up.sqlite_path.read_bytes())
-    async for api in serve(up.model_copy(update={"sqlite_path": moved})):
+    async with api_of(up.model_copy(update={"sqlite_path": moved})) as api:
         assert (await api.get("/recommendations/maria")).is_success
         before = (await api.get("/v1/ready")).json()
         moved.write_bytes(b"broken" * 1000)
@@ -122,7 +121,7 @@ async def test_a_store_that_hangs_delays_nobody_beyond_the_deadline_and_is_asked
     monkeypatch.setattr(operations, "_BELIEVED_S", 60)
     async with hanging_server() as (port, taken):
         hanging = up.model_copy(update={"embedding_url": f"http://127.0.0.1:{port}", "store_timeout_s": 30})
-        async for api in serve(hanging):
+        async with api_of(hanging) as api:
             async with asyncio.timeout(operations._DEADLINE_S + 3):
                 answers = await asyncio.gather(*(api.get("/v1/ready") for _ in range(50)))
 
@@ -133,7 +132,7 @@ async def test_a_store_that_hangs_delays_nobody_beyond_the_deadline_and_is_asked
 async def test_metrics_tell_of_stores_answers_pools_and_the_generation(up: Settings) -> None:
     secret, key = new_key("prometheus", ["read"])
     bearer = {"Authorization": f"Bearer {secret}"}
-    async for api in serve(up.model_copy(update={"api_auth": "keys", "api_keys": SecretStr(str(key))})):
+    async with api_of(up.model_copy(update={"api_auth": "keys", "api_keys": SecretStr(str(key))})) as api:
         for user_id in ("maria", "maria", "filmfan82"):
             assert (await api.get(f"/recommendations/{user_id}", headers=bearer)).is_success
         assert (await api.get("/recommendations/maria")).status_code == 401

@@ -6,20 +6,9 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import SAMPLE, Stores, api_of, empty_settings, free_ports, with_quiet_user
+from conftest import Stores, api_of, free_ports
 from personalization.catalog.loading import load_catalog
-from personalization.local.stack import Stack
-from personalization.pipeline.run import run_pipeline
 from personalization.settings import Settings
-
-
-@pytest.fixture(scope="module")
-def published(store_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Settings of stores that hold the sample. No test here changes what they hold."""
-    folder = tmp_path_factory.mktemp("published")
-    settings = empty_settings(store_stack, folder)
-    assert run_pipeline(SAMPLE, settings, with_quiet_user(folder))["status"] == "success"
-    return settings
 
 
 @pytest.fixture
