@@ -3,12 +3,13 @@
 Only the pipeline writes. Everything derived is set from `message_intents` and `events`, never incremented.
 """
 
+import asyncio
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, cast
+from typing import Any, NamedTuple, TypedDict, TypeVar, cast
 from urllib.parse import quote
 
 from sqlalchemy import (
@@ -44,8 +45,8 @@ from sqlalchemy import (
     union_all,
     update,
 )
-from sqlalchemy.exc import DatabaseError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.exc import DatabaseError, DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.schema import CreateColumn
@@ -72,6 +73,8 @@ _SERVING = 1
 _IMPRESSIONS_KEPT_S = 365 * 86_400  # as far back as a frequency cap may look
 _IMPRESSIONS_KEPT = 5000
 _EXPRESSED_KEPT = 50
+
+T = TypeVar("T")
 _MESSAGES, _EVENT, _EXPRESSED = "messages", "event", "expressed"
 
 
@@ -353,7 +356,7 @@ def analytics_errors() -> Iterator[None]:
     """Turn driver errors into a `StoreError` that names the store and no credential."""
     try:
         yield
-    except DatabaseError as error:
+    except DBAPIError as error:
         raise StoreError("analytics", f"{type(error).__name__}: {error.orig}; check SQLITE_PATH") from error
 
 
@@ -696,13 +699,17 @@ class AsyncAnalyticsReader:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
+        self._given_up: set[asyncio.Task[Any]] = set()
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "AsyncAnalyticsReader":
         """Open the database for reading."""
-        engine = create_async_engine(_read_only(settings.analytics_database, "sqlite+aiosqlite"))
-        if engine.dialect.name == "sqlite":
-            event.listen(engine.sync_engine, "connect", _add_power)
+        url = _read_only(settings.analytics_database, "sqlite+aiosqlite")
+        if url.get_backend_name() != "sqlite":
+            return cls(create_async_engine(url))
+        # A thread that waits for a lock cannot be stopped.
+        engine = create_async_engine(url, connect_args={"timeout": settings.answer_store_timeout_s})
+        event.listen(engine.sync_engine, "connect", _add_power)
         return cls(engine)
 
     async def served(self) -> bytes:
@@ -711,18 +718,22 @@ class AsyncAnalyticsReader:
         Raises:
             StoreError: nothing was published yet.
         """
-        with analytics_errors():
-            async with self.engine.connect() as connection:
-                content = (await connection.execute(select(Served.content))).scalar_one_or_none()
+
+        async def read(connection: AsyncConnection) -> bytes | None:
+            return (await connection.execute(select(Served.content))).scalar_one_or_none()
+
+        content = await self._read(read)
         if content is None:
             raise StoreError("analytics", "nothing has been published yet; run the pipeline")
         return content
 
     async def learned_at(self) -> int | None:
         """The moment of what was published last, in epoch milliseconds; None where nothing was. Reads no content."""
-        with analytics_errors():
-            async with self.engine.connect() as connection:
-                return (await connection.execute(select(Served.learned_at))).scalar_one_or_none()
+
+        async def read(connection: AsyncConnection) -> int | None:
+            return (await connection.execute(select(Served.learned_at))).scalar_one_or_none()
+
+        return await self._read(read)
 
     async def user_facts(self, user_ids: Sequence[str]) -> dict[str, UserFacts]:
         """The number of messages, the events that rules ask for, and the newest messages that express an intent.
@@ -732,9 +743,11 @@ class AsyncAnalyticsReader:
         """
         since = (datetime.now(UTC).timestamp() - _IMPRESSIONS_KEPT_S) * 1000
         facts = {user_id: UserFacts(0, [], []) for user_id in user_ids}
-        with analytics_errors():
-            async with self.engine.connect() as connection:
-                rows = (await connection.execute(_FACTS, {"user_ids": list(user_ids), "since": since})).all()
+
+        async def read(connection: AsyncConnection) -> Sequence[Any]:
+            return (await connection.execute(_FACTS, {"user_ids": list(user_ids), "since": since})).all()
+
+        rows = await self._read(read)
         for user_id, kind, name, what, moment in rows:
             known = facts[user_id]
             if kind == _MESSAGES:
@@ -752,19 +765,45 @@ class AsyncAnalyticsReader:
         mine = MessageIntent.user_id == user_id
         said = select(func.count(MessageIntent.message_id.distinct()), func.max(MessageIntent.timestamp)).where(mine)
         engaged = select(UserEngagement.__table__).where(UserEngagement.user_id == user_id)
-        with analytics_errors():
-            async with self.engine.connect() as connection:
-                messages, last_message_at = (await connection.execute(said)).one()
-                expressed = (await connection.execute(_expressed_query([user_id], half_life_days))).mappings().all()
-                engagement = (await connection.execute(engaged)).mappings().all()
-                runs = (await connection.execute(_taking_runs(user_id))).all()
-        return UserRecord(
-            messages,
-            last_message_at,
-            [ExpressedIntent(**row) for row in expressed],
-            [Engagement(**row) for row in engagement],
-            [TakingRun(*row) for row in runs],
-        )
+
+        async def read(connection: AsyncConnection) -> UserRecord:
+            messages, last_message_at = (await connection.execute(said)).one()
+            expressed = (await connection.execute(_expressed_query([user_id], half_life_days))).mappings().all()
+            engagement = (await connection.execute(engaged)).mappings().all()
+            runs = (await connection.execute(_taking_runs(user_id))).all()
+            return UserRecord(
+                messages,
+                last_message_at,
+                [ExpressedIntent(**row) for row in expressed],
+                [Engagement(**row) for row in engagement],
+                [TakingRun(*row) for row in runs],
+            )
+
+        return await self._read(read)
+
+    async def _read(self, read: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        """What `read` finds on a connection. Whoever gives up is free at once, and the connection is cleaned up behind
+        them: SQLAlchemy would have them wait for that.
+        """
+
+        async def reading() -> T:
+            with analytics_errors():
+                async with self.engine.connect() as connection:
+                    return await read(connection)
+
+        task = asyncio.create_task(reading())
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.cancel()
+            self._given_up.add(task)
+            task.add_done_callback(self._gave_up)
+            raise
+
+    def _gave_up(self, task: "asyncio.Task[Any]") -> None:
+        self._given_up.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen, though nobody waits for it
 
 
 def open_read_only(settings: Settings) -> Engine:

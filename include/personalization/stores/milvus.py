@@ -219,14 +219,22 @@ def _of_user(collection: str, user_id: str) -> str:
 
 
 class AsyncVectorReader:
-    """Look-ups of the API."""
+    """Look-ups of the API.
+
+    Whoever gives a call up, as its deadline is over, makes the next ones connect anew: gRPC would go on for minutes on
+    a connection that has died without a word.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._connected: AsyncMilvusClient | None = None
+        self._leaving: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
-        """Close the connection, if there is one."""
+        """Close the connections, if there are any."""
+        for task in self._leaving:
+            task.cancel()
+        await asyncio.gather(*self._leaving, return_exceptions=True)
         if self._connected is not None:
             await self._connected.close()
 
@@ -276,20 +284,41 @@ class AsyncVectorReader:
         with milvus_errors():
             client = self._client()
             try:
-                return await ask(client)
-            except MilvusException as error:
-                if error.code != _NOT_LOADED:
-                    raise
-                await client.load_collection(collection, timeout=self._settings.store_timeout_s)
-                return await ask(client)
+                try:
+                    return await ask(client)
+                except MilvusException as error:
+                    if error.code != _NOT_LOADED:
+                        raise
+                    await client.load_collection(collection, timeout=self._settings.store_timeout_s)
+                    return await ask(client)
+            except asyncio.CancelledError:
+                self._leave(client)
+                raise
 
     def _client(self) -> AsyncMilvusClient:
-        # Made on first use: the constructor needs the running loop, and a Milvus that answers.
+        # Made on first use, as it belongs to the running loop.
         if self._connected is None:
             self._connected = AsyncMilvusClient(
                 uri=self._settings.milvus_uri,
                 token=self._settings.milvus_token.get_secret_value(),
                 timeout=self._settings.store_timeout_s,
-                grpc_options=GRPC_OPTIONS,
+                # All its own: else it would share the connection of the one it replaces.
+                grpc_options={**GRPC_OPTIONS, "grpc.use_local_subchannel_pool": 1},
+                dedicated=True,
             )
         return self._connected
+
+    def _leave(self, client: AsyncMilvusClient) -> None:
+        """Ask this one no more."""
+        if self._connected is client:
+            self._connected = None
+            task = asyncio.create_task(self._close_later(client))
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
+
+    async def _close_later(self, client: AsyncMilvusClient) -> None:
+        # Closing breaks off what others still ask of it; by then that is over.
+        try:
+            await asyncio.sleep(self._settings.store_timeout_s)
+        finally:
+            await client.close()

@@ -263,7 +263,9 @@ class AsyncGraphReader:
     def from_settings(cls, settings: Settings) -> "AsyncGraphReader":
         """Connect lazily."""
         with neo4j_errors():
-            driver = AsyncGraphDatabase.driver(settings.neo4j_uri, **_driver_options(settings))
+            # Answers do not wait as long as the driver does before it tries again.
+            options = {**_driver_options(settings), "max_transaction_retry_time": 0}
+            driver = AsyncGraphDatabase.driver(settings.neo4j_uri, **options)
         return cls(driver, settings.neo4j_database, settings.store_timeout_s)
 
     async def links(self, user_ids: Sequence[str]) -> list[LinkRow]:
