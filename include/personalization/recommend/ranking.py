@@ -8,6 +8,7 @@ from typing import Any, Protocol, Self
 
 import lightgbm
 import numpy as np
+from scipy.special import expit
 from scipy.stats import rankdata
 
 from personalization.recommend.sources import (
@@ -174,7 +175,8 @@ class LearnedRanker:
         )
         positive = np.maximum(given, 0) + 1e-9
         parts = (positive / positive.sum(axis=1, keepdims=True)).reshape(*matrix.shape[:2], len(names))
-        scores = self._predict(matrix).reshape(*matrix.shape[:2], 1)
+        # With the expected value, SHAP values add up to the log odds.
+        scores = expit(flat.sum(axis=1)).reshape(*matrix.shape[:2], 1)
         return names, (parts * scores).astype(np.float32)
 
     def _predict(self, matrix: Shares, **options: bool) -> np.ndarray[Any, np.dtype[np.float64]]:

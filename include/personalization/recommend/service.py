@@ -295,7 +295,8 @@ class Recommender:
         found = await gather(user_ids, now_ms, served=served, lookup=self._lookup(self.guard))
         known = dict(zip(user_ids, found, strict=True))
         asks = [one.ask for one in wanted]
-        made = decide([known[one.user_id] for one in asks], asks, now_ms, self.settings)
+        # In a thread: what is cached need not wait behind it.
+        made = await asyncio.to_thread(decide, [known[one.user_id] for one in asks], asks, now_ms, self.settings)
         answers = []
         for one in made:
             one.degraded = sorted({*(one.degraded or ()), *missing}) or None
