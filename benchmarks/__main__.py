@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import ingest, intents, recommendation
+from benchmarks import ingest, intents, recommendation, serving
 
 MESSAGES = 10_000
 RESULTS = Path(__file__).parent / "results"
@@ -12,6 +12,7 @@ BENCHMARKS: dict[str, tuple[Path, Callable[[], None]]] = {
     "ingest": (ingest.DATA, lambda: ingest.main(MESSAGES, RESULTS)),
     "intents": (intents.DATA, lambda: intents.main(RESULTS)),
     "recommendation": (recommendation.REDIAL, lambda: recommendation.main(RESULTS)),
+    "serving": (serving.DATA, lambda: serving.main(RESULTS)),
 }
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What the API is measured beside: each an ASGI app `app`, served as the API is."""
