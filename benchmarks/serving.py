@@ -653,6 +653,7 @@ class Bench:
             left.annotate(f" {rate:,.0f}", (max(rate, 1), place), va="center", fontsize=8)
         left.set_yticks(places, names)
         left.set_xscale("log")
+        left.set_xlim(left=1, right=4 * max(rates))
         left.set_title("highest rate held, requests/s")
         middle.sharey(left)
         middle.tick_params(labelleft=False)
@@ -663,9 +664,12 @@ class Bench:
         middle.set_title("latency at half of it, ms")
         middle.legend(loc="best", fontsize=8)
         right.plot([count for count, _ in self.memory], [size for _, size in self.memory], color="#0072B2", marker="o")
-        right.set_ylim(bottom=0)
+        right.set_ylim(0, 1.2 * max(size for _, size in self.memory))
         right.set_title("memory of the API, MB")
         right.set_xlabel("requests")
+        for axes in (left, middle):
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter("")
         for axes in (left, middle, right):
             axes.grid(axis="both" if axes is right else "x", alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
