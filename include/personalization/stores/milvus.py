@@ -264,6 +264,7 @@ class AsyncVectorReader:
                 USERS,
                 data=list(vectors),
                 limit=limit,
+                output_fields=["id"],  # or Milvus Lite sends every hit's vector
                 search_params={"metric_type": "COSINE", "params": {"ef": max(64, limit)}},
                 timeout=self._settings.store_timeout_s,
             )
