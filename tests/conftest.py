@@ -263,14 +263,19 @@ def with_quiet_user(folder: Path) -> Path:
     return path
 
 
-def kill_after(last_words: str, settings: Settings, *arguments: str) -> None:
-    """Run `personalization run` as a process of its own, and SIGKILL it when its log says `last_words`."""
-    env = {
+def environment(settings: Settings) -> dict[str, str]:
+    """The environment of a process with these settings."""
+    given = {
         name.upper(): value.get_secret_value() if isinstance(value, SecretStr) else str(value)
         for name, value in settings.model_dump(exclude_none=True).items()
     }
+    return os.environ | given
+
+
+def kill_after(last_words: str, settings: Settings, *arguments: str) -> None:
+    """Run `personalization run` as a process of its own, and SIGKILL it when its log says `last_words`."""
     command = [sys.executable, "-m", "personalization", "run", *arguments]
-    with subprocess.Popen(command, env=os.environ | env, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, env=environment(settings), stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if last_words in line:

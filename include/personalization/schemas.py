@@ -5,6 +5,7 @@ import re
 import uuid
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
 from typing import Annotated, Any, Literal, Self, TypedDict
 
@@ -16,6 +17,7 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -31,7 +33,12 @@ def _identifier(value: str) -> str:
     return value
 
 
-Identifier = Annotated[str, AfterValidator(_identifier)]
+# The API's document says the same in ECMA's regular expressions, where \w is of ASCII alone.
+_IDENTIFIER_SCHEMA = {"type": "string", "pattern": r"^(?!\.+$)[\p{L}\p{N}_.:@+=|~\-]{1,128}$"}
+
+Identifier = Annotated[str, AfterValidator(_identifier), WithJsonSchema(_IDENTIFIER_SCHEMA)]
+GivenOrDerived = Annotated[Identifier, WithJsonSchema({"anyOf": [_IDENTIFIER_SCHEMA, {"type": "null"}]})]
+"""An id that a row may lack, or leave empty: it is then derived from what the row says."""
 
 
 def is_identifier(value: Any) -> bool:
@@ -39,7 +46,7 @@ def is_identifier(value: Any) -> bool:
     return isinstance(value, str) and _IDENTIFIER.fullmatch(value) is not None
 
 
-CatalogId = Annotated[str, StringConstraints(pattern=r"^[^\s\p{C}\"`\\\\]([^\p{C}\"`\\\\]{0,126}[^\s\p{C}\"`\\\\])?$")]
+CatalogId = Annotated[str, StringConstraints(pattern=r'^[^\s\p{C}"`\\]([^\p{C}"`\\]{0,126}[^\s\p{C}"`\\])?$')]
 """An intent's or campaign's id: 1 to 128 printable characters, no quotation mark, backtick or backslash."""
 
 OTHER_INTENT = "other"
@@ -68,7 +75,10 @@ def _readable_text(text: str) -> str:
     return text
 
 
-MessageText = Annotated[str, AfterValidator(_readable_text)]
+# As the API's document says it.
+_in_document = Field(json_schema_extra={"pattern": r"^[^\x00]*[^\s\x00\x1c-\x1f\x85][^\x00]*$"})
+
+MessageText = Annotated[str, AfterValidator(_readable_text), _in_document]
 """What somebody said: not blank, no NUL, valid UTF-8."""
 
 
@@ -93,7 +103,20 @@ def _past(moment: datetime) -> datetime:
     return moment
 
 
-PastMoment = Annotated[datetime, BeforeValidator(parse_moment), AfterValidator(_past)]
+PastMoment = Annotated[
+    datetime,
+    BeforeValidator(parse_moment),
+    AfterValidator(_past),
+    Field(json_schema_extra={"description": "Not before 1970 and not in the future; UTC where it names no zone."}),
+]
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+whole_of_float = BeforeValidator(_whole)
+"""JSON has one kind of number, and tables with gaps write 3 as 3.0."""
 
 
 class Message(BaseModel):
@@ -104,7 +127,7 @@ class Message(BaseModel):
     user_id: Identifier
     message: MessageText
     timestamp: PastMoment
-    message_id: Identifier = Field(default=None, validate_default=True)
+    message_id: GivenOrDerived = Field(default=None, validate_default=True)
 
     @field_validator("message_id", mode="before")
     @classmethod
@@ -129,7 +152,9 @@ class Message(BaseModel):
 
 
 EventKind = Literal["impression", "click", "conversion", "dismiss"]
-PolicyName = Annotated[str, StringConstraints(min_length=1, max_length=64), AfterValidator(_readable_text)]
+PolicyName = Annotated[
+    str, StringConstraints(min_length=1, max_length=64), AfterValidator(_readable_text), _in_document
+]
 
 ENGAGEMENT_STRENGTH: dict[str, float] = {"mention": 0.25, "click": 1.0, "conversion": 2.0}
 """How much a signal says for a campaign when it is new. A mention is a message that speaks to it."""
@@ -148,8 +173,8 @@ class Event(BaseModel):
     campaign_id: CatalogId
     event: EventKind
     timestamp: PastMoment
-    event_id: Identifier = Field(default=None, validate_default=True)
-    position: int | None = Field(default=None, ge=1, le=1000)
+    event_id: GivenOrDerived = Field(default=None, validate_default=True)
+    position: Annotated[int, Field(ge=1, le=1000), whole_of_float] | None = None
     """Place in the list that was shown, from 1."""
     propensity: float | None = Field(default=None, gt=0, le=1)
     """Probability with which the policy showed the campaign at that place."""
@@ -169,13 +194,13 @@ class Event(BaseModel):
 
     @classmethod
     def of_row(cls, values: dict[str, Any], *, of_strings: bool) -> Self:
-        """Validate a row. A CSV cell has no type and may be padded; tables with gaps write 3 as 3.0."""
+        """Validate a row. A CSV cell has no type and may be padded."""
         if of_strings:
             cells = {name: cell.strip() for name, cell in values.items()}
-            return cls.model_validate_strings({name: cell for name, cell in cells.items() if cell})
-        position = values.get("position")
-        if isinstance(position, float) and position.is_integer():
-            values = values | {"position": int(position)}
+            values = {name: cell for name, cell in cells.items() if cell}
+            for name in values.keys() & {"position", "propensity"}:
+                with suppress(ValueError):  # then it is refused as the text it is
+                    values[name] = float(values[name])
         return cls.model_validate(values)
 
     @property

@@ -4,6 +4,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.routing import APIRoute
 from personalization.settings import Settings
 from starlette.types import Lifespan
 
@@ -32,6 +33,7 @@ def base_app(settings: Settings, lifespan: Lifespan[FastAPI] | None = None) -> F
         lifespan=lifespan,
         docs_url=docs,
         redoc_url=redoc,
+        generate_unique_id_function=_operation_id,
     )
     app.state.settings = settings
     app.state.gate = Gate(settings)
@@ -55,6 +57,11 @@ def base_app(settings: Settings, lifespan: Lifespan[FastAPI] | None = None) -> F
     )
     _complete_document(app, with_keys=not off)
     return app
+
+
+def _operation_id(route: APIRoute) -> str:
+    """The function's name: links refer to it, and generated clients call their methods so."""
+    return route.name if route.path.startswith("/v1/") else f"{route.name}_unversioned"
 
 
 def _complete_document(app: FastAPI, *, with_keys: bool) -> None:

@@ -76,7 +76,10 @@ async def _store_error(request: Request, error: StoreError) -> Response:  # noqa
 
 
 async def _validation_error(request: Request, error: RequestValidationError) -> Response:  # noqa: ARG001
-    return problem(422, told(error.errors()))
+    errors = error.errors()
+    if errors[0]["type"] == "json_invalid":  # as a body that no text can be read from
+        return problem(400, "The body is not JSON.")
+    return problem(422, told(errors))
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:  # noqa: ARG001

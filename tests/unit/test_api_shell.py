@@ -250,22 +250,26 @@ async def test_every_error_is_a_problem_that_repeats_nothing(method: str, path: 
 
 
 @pytest.mark.parametrize(
-    ("body", "detail"),
+    ("body", "status", "detail"),
     [
-        (b'{"message": 7}', "message: Input should be a valid string"),
-        (b"{}", "message: Field required"),
-        (b'{"message": "m", "%s": 1}' % SAID.encode(), "another field: Extra inputs are not permitted"),
-        (b'{"message": "m", "place": "%s"}' % SAID.encode(), "place: Input should be a valid integer, unable to parse"),
-        (b'{"message": "%s"' % SAID.encode(), "JSON decode error"),
-        (SAID.encode(), "JSON decode error"),
-        (b"", "body: Field required"),
+        (b'{"message": 7}', 422, "message: Input should be a valid string"),
+        (b"{}", 422, "message: Field required"),
+        (b'{"message": "m", "%s": 1}' % SAID.encode(), 422, "another field: Extra inputs are not permitted"),
+        (b'{"message": "m", "place": "%s"}' % SAID.encode(), 422, "place: Input should be a valid integer, unable to"),
+        (b'{"message": "%s"' % SAID.encode(), 400, "The body is not JSON."),
+        (SAID.encode(), 400, "The body is not JSON."),
+        (b"\xff" + SAID.encode(), 400, "There was an error parsing the body"),
+        (b"[" * 100_000 + SAID.encode(), 400, "There was an error parsing the body"),
+        (b"", 422, "body: Field required"),
     ],
 )
-async def test_a_body_that_is_not_valid_is_not_repeated(body: bytes, detail: str, lines: list[Any]) -> None:
+async def test_a_body_that_is_not_valid_is_not_repeated(
+    body: bytes, status: int, detail: str, lines: list[Any]
+) -> None:
     async with client_of(make_app()) as client:
         response = await client.post("/messages", content=body, headers={"Content-Type": "application/json"})
 
-    assert detail in assert_problem(response, 422)
+    assert detail in assert_problem(response, status)
     assert SAID not in response.text + repr(lines)
 
 

@@ -243,7 +243,7 @@ def test_a_run_by_hand_takes_what_it_names_and_leaves_the_inbox(tmp_path: Path):
 
 
 def test_the_sample_s_events_are_of_its_users_and_campaigns():
-    rows = [Event.model_validate_strings(row.value) for row in read_rows(UPath(SAMPLE_EVENTS))]
+    rows = [Event.of_row(row.value, of_strings=True) for row in read_rows(UPath(SAMPLE_EVENTS))]
     campaigns = {one.id for one in load_catalog(PROJECT / "include" / "catalog").campaigns}
 
     assert 200 <= len(rows) <= 300

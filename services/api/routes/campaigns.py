@@ -31,6 +31,9 @@ _EXAMPLE = {
 }
 
 
+_NEXT_PAGE = {"next": {"operationId": "campaigns", "parameters": {"after": "$response.body#/next"}}}
+
+
 class CampaignItem(BaseModel):
     """A campaign of the served catalog."""
 
@@ -53,7 +56,7 @@ class Campaigns(BaseModel):
 
 @router.get(
     "/campaigns",
-    responses={**problems(422), 200: {"content": {"application/json": {"example": _EXAMPLE}}}},
+    responses={**problems(422), 200: {"content": {"application/json": {"example": _EXAMPLE}}, "links": _NEXT_PAGE}},
 )
 async def campaigns(
     recommender: RecommenderDep,

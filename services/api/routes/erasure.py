@@ -8,10 +8,13 @@ from personalization.schemas import ErasedStore, ErasureReceipt
 from personalization.settings import Settings
 
 from services.api.deps import RecommenderDep, UserId
+from services.api.links import about
 from services.api.problems import problems
 from services.api.security import needs
 
 router = APIRouter(route_class=needs("erase"), tags=["users"])
+
+_AFTERWARDS = about("$response.body#/user_id", "recommendations", "profile", "similar", "erase_user")
 
 _REMOVED: dict[ErasedStore, dict[str, int]] = {
     "mongodb": {"conversations": 12, "events": 9, "quarantine": 0},
@@ -53,11 +56,13 @@ def _example(down: ErasedStore | None = None) -> dict[str, Any]:
         200: {
             "description": "Nothing is left in any store.",
             "content": {"application/json": {"example": _example()}},
+            **_AFTERWARDS,
         },
         202: {
             "model": ErasureReceipt,
             "description": "A store could not be asked, or not be found empty; the DAG `maintenance` goes on.",
             "content": {"application/json": {"example": _example(down="neo4j")}},
+            **_AFTERWARDS,
         },
         **problems(422),
     },

@@ -13,6 +13,7 @@ from personalization.stores.mongo import InsertOutcome
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from services.api.deps import RecommenderDep
+from services.api.links import about
 from services.api.problems import problems, told
 from services.api.security import needs
 
@@ -101,8 +102,9 @@ class EventBatch(BaseModel):
         202: {
             "description": "The event is kept, or was known.",
             "content": {_JSON: {"example": {"event_id": _CLICK["event_id"], "status": "accepted"}}},
+            **about("$request.body#/user_id", "recommendations", "profile", "similar", "erase_user"),
         },
-        **problems(409, 410, 422),
+        **problems(400, 409, 410, 422),
     },
 )
 async def receive(
@@ -174,7 +176,7 @@ async def receive(
                 }
             },
         },
-        **problems(422),
+        **problems(400, 422),
     },
 )
 async def receive_batch(

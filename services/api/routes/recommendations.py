@@ -4,12 +4,21 @@ from typing import Annotated, Final
 
 from fastapi import APIRouter, Query, Request, Response
 from personalization.recommend.service import Answer, Ask
-from personalization.schemas import CatalogId, Identifier, MessageText, Preview, Recommendations, is_identifier
+from personalization.schemas import (
+    CatalogId,
+    Identifier,
+    MessageText,
+    Preview,
+    Recommendations,
+    is_identifier,
+    whole_of_float,
+)
 from personalization.stores.cache import LookedUp
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import Scope
 
 from services.api.deps import Explain, RecommenderDep, Top, UserId
+from services.api.links import about
 from services.api.problems import problems
 from services.api.security import needs
 
@@ -77,11 +86,16 @@ _EXAMPLE = {
 }
 
 
+_Top = Annotated[int, Field(ge=1, le=50), whole_of_float]
+
+
 class BatchAsk(BaseModel):
     """Which users, and what is asked about each."""
 
+    model_config = ConfigDict(strict=True)
+
     user_ids: Annotated[list[Identifier], Field(min_length=1, max_length=100, examples=[["maria", "filmfan82"]])]
-    top: int = Field(default=5, ge=1, le=50)
+    top: _Top = 5
     category: str | None = Field(default=None, min_length=1, max_length=64)
     exclude: list[CatalogId] = Field(default=[], max_length=50)
     explain: bool = False
@@ -96,15 +110,23 @@ class BatchAnswer(BaseModel):
 class PreviewAsk(BaseModel):
     """What somebody says."""
 
+    model_config = ConfigDict(strict=True)
+
     message: MessageText = Field(min_length=1, max_length=8192, examples=["Any cheap flights to Porto in May?"])
-    top: int = Field(default=5, ge=1, le=50)
+    top: _Top = 5
 
 
 @_cached.get(
     "/recommendations/{user_id}",
     response_model=Recommendations,
     response_model_exclude_none=True,
-    responses={**problems(422), 200: {"content": {_JSON: {"example": _EXAMPLE}}}},
+    responses={
+        **problems(422),
+        200: {
+            "content": {_JSON: {"example": _EXAMPLE}},
+            **about("$response.body#/user_id", "profile", "similar", "erase_user"),
+        },
+    },
 )
 async def recommendations(
     request: Request,
@@ -140,7 +162,13 @@ async def recommendations(
     "/recommendations:batch",
     response_model=BatchAnswer,
     response_model_exclude_none=True,
-    responses={**problems(422), 200: {"content": {_JSON: {"example": {"answers": [_EXAMPLE]}}}}},
+    responses={
+        **problems(400, 422),
+        200: {
+            "content": {_JSON: {"example": {"answers": [_EXAMPLE]}}},
+            **about("$response.body#/answers/0/user_id", "recommendations", "profile"),
+        },
+    },
 )
 async def batch(asked: BatchAsk, recommender: RecommenderDep) -> Response:
     """The same for up to 100 users, in as many round trips to each store as for one."""
@@ -150,7 +178,7 @@ async def batch(asked: BatchAsk, recommender: RecommenderDep) -> Response:
     return Response(b'{"answers":[%s]}' % b",".join(one.body for one in answers), media_type=_JSON)
 
 
-@_made.post("/recommendations:preview", response_model_exclude_none=True, responses=problems(422))
+@_made.post("/recommendations:preview", response_model_exclude_none=True, responses=problems(400, 422))
 async def preview(asked: PreviewAsk, recommender: RecommenderDep) -> Preview:
     """What would be shown to somebody of whom only this message is known. Nothing is stored."""
     return await recommender.preview(asked.message, asked.top)

@@ -15,6 +15,7 @@ from personalization.stores.analytics import UserRecord
 from pydantic import BaseModel, Field
 
 from services.api.deps import RecommenderDep, UserId
+from services.api.links import about
 from services.api.problems import problems
 from services.api.security import needs
 
@@ -133,7 +134,13 @@ class SimilarUsers(BaseModel):
 
 @router.get(
     "/users/{user_id}/profile",
-    responses={**problems(404, 422), 200: {"content": {"application/json": {"example": _PROFILE}}}},
+    responses={
+        **problems(404, 422),
+        200: {
+            "content": {"application/json": {"example": _PROFILE}},
+            **about("$response.body#/user_id", "recommendations", "similar", "erase_user"),
+        },
+    },
 )
 async def profile(user_id: UserId, recommender: RecommenderDep) -> Profile:
     """What the user expressed and engaged with, as of the last run; weights as of now.
@@ -152,7 +159,13 @@ async def profile(user_id: UserId, recommender: RecommenderDep) -> Profile:
 
 @router.get(
     "/users/{user_id}/similar",
-    responses={**problems(404, 422), 200: {"content": {"application/json": {"example": _SIMILAR}}}},
+    responses={
+        **problems(404, 422),
+        200: {
+            "content": {"application/json": {"example": _SIMILAR}},
+            **about("$response.body#/similar/0/user_id", "recommendations", "profile", "similar"),
+        },
+    },
 )
 async def similar(
     user_id: UserId,
