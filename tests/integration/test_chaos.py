@@ -56,7 +56,8 @@ def published(stack: Stack, proxies: dict[str, Proxy], tmp_path_factory: pytest.
     assert run_pipeline(SAMPLE, settings)["status"] == "success"
     with closing(sqlite3.connect(settings.sqlite_path)) as analytics:  # in which a writer can lock readers out
         assert analytics.execute("PRAGMA journal_mode=DELETE").fetchone() == ("delete",)
-    return behind(settings, proxies).model_copy(update={"api_auth": "off"})
+    deadlines = {"answer_timeout_s": 2.0, "answer_store_timeout_s": 0.5}
+    return behind(settings, proxies).model_copy(update={"api_auth": "off", **deadlines})
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,7 @@ async def test_all_stores_may_die_and_come_back(api: Api, published: Settings, s
         under_it = await during_fault(load)
         await asyncio.to_thread(stack.start, print)
         await recovery(api)
-    assert {one.degraded for one in under_it if one.kind == "new"} == {("milvus", "mongodb", "neo4j")}
+    assert not [one for one in under_it if one.kind == "new" and not {"milvus", "mongodb", "neo4j"} <= {*one.degraded}]
     check(load, api, published)
 
 
@@ -124,7 +125,7 @@ async def test_a_locked_analytics_database_is_done_without_and_named(api: Api, p
             writer.execute("BEGIN EXCLUSIVE")
             under_it = await during_fault(load)
         await recovery(api)
-    assert {one.degraded for one in under_it if one.kind == "new"} == {("analytics",)}
+    assert not [one for one in under_it if one.kind == "new" and "analytics" not in one.degraded]
     check(load, api, published)
 
 
