@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import Any
 
-import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from personalization.errors import StoreError
@@ -15,8 +14,6 @@ MEDIA_TYPE = "application/problem+json"
 _RETRY_AFTER_S = 5
 _TOLD = 10
 """Problems of one body that are named."""
-
-log = structlog.get_logger(__name__)
 
 
 class Problem(BaseModel):
@@ -69,8 +66,8 @@ def told(errors: Iterable[Mapping[str, Any]]) -> str:
     return "; ".join([*found[:_TOLD], *more])
 
 
-async def _store_error(request: Request, error: StoreError) -> Response:  # noqa: ARG001
-    log.error("store error", store=error.store, problem=str(error))
+async def _store_error(request: Request, error: StoreError) -> Response:
+    request.scope["problem"] = str(error)  # for the request's line in the log
     detail = f"The {error.store} store does not answer, or no run has been published yet."
     return problem(503, detail, {"Retry-After": str(_RETRY_AFTER_S)})
 

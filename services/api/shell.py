@@ -136,6 +136,7 @@ class Shell:
                 seconds=round(seconds, 4),
                 caller=scope.get("caller"),
                 client=client[0] if client else None,
+                **({"problem": scope["problem"]} if "problem" in scope else {}),
             )
 
 

@@ -26,7 +26,7 @@ _KNOWN_QUERIES: Final = 1024
 _OUTCOMES: Final = {
     "hit": "personalization; hit",
     "stale": "personalization; hit; detail=stale",
-    "miss": "personalization; fwd=miss; stored",
+    "miss": "personalization; fwd=miss",
 }
 _JSON: Final = "application/json"
 

@@ -173,7 +173,7 @@ async def similar(
     top: Annotated[int, Query(ge=1, le=100, description="How many users at most.")] = 10,
 ) -> SimilarUsers:
     """Users whose messages are nearest to the user's, by the vectors of the last run; never the user."""
-    call = partial(recommender.guard.call, "milvus", timeout_s=recommender.settings.answer_timeout_s)
+    call = partial(recommender.guard.call, "milvus")
     vectors = await call(partial(recommender.vectors.user_vectors, [user_id]))
     if user_id not in vectors:
         raise HTTPException(404, "This user has no vector: no message of theirs is known.")
