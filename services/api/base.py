@@ -34,6 +34,7 @@ def base_app(settings: Settings, lifespan: Lifespan[FastAPI] | None = None) -> F
         docs_url=docs,
         redoc_url=redoc,
         generate_unique_id_function=_operation_id,
+        redirect_slashes=False,  # an id that ends with one is none, and no place to be sent to
     )
     app.state.settings = settings
     app.state.gate = Gate(settings)

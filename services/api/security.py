@@ -27,6 +27,9 @@ SCHEME = "key"
 _FAILURES = "30/minute"
 """Refused requests of one address that are told why; those above get a 429 without a line in the log."""
 _LONGEST_KEY = 256
+_OF_PROXIES = frozenset(
+    (b"forwarded", b"via", b"x-real-ip", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto")
+)
 _PERIODS = {
     "second": timedelta(seconds=1),
     "minute": timedelta(minutes=1),
@@ -162,9 +165,10 @@ def _bearer_digest(scope: Scope) -> bytes:
 
 
 def _refuse_strangers(scope: Scope) -> None:
-    """Without keys only this machine is served, and no page of the web that a browser on it shows.
+    """Without keys only this machine is served: no page of the web that a browser on it shows, and no proxy.
 
-    Such a page may make its own name lead here (DNS rebinding), but must say that name.
+    Such a page may make its own name lead here (DNS rebinding), but must say that name; a proxy usually says for whom
+    it asks.
     """
     client = scope.get("client")
     if client is None or not _is_loopback(client[0]):
@@ -172,6 +176,8 @@ def _refuse_strangers(scope: Scope) -> None:
     for name, value in scope["headers"]:
         if name == b"host" and not _is_own_name(value):
             raise HTTPException(403, "Without API keys the service is asked as `localhost`.")
+        if name in _OF_PROXIES:
+            raise HTTPException(403, "Without API keys no proxy is served.")
 
 
 @lru_cache(maxsize=1024)

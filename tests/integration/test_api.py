@@ -1,6 +1,7 @@
 """The API over the real stores, fed by a real run."""
 
 import asyncio
+import io
 import time
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
@@ -303,6 +304,42 @@ async def test_what_is_done_while_an_answer_is_made_makes_that_answer_old(
     response = await api.get("/recommendations/maria?top=5")
 
     assert response.headers["cache-status"].startswith("personalization; fwd=miss")
+
+
+async def test_an_answer_does_not_outlive_the_token_it_was_stored_under(
+    api: httpx.AsyncClient, published: Settings
+) -> None:
+    await ask(api, "maria")
+    with Redis.from_url(published.redis_url.get_secret_value()) as redis:  # as Redis may, where it runs out of room
+        assert redis.delete("touched:{maria}") == 1
+
+    response = await api.get("/recommendations/maria?top=5")
+
+    assert response.headers["cache-status"] == "personalization; fwd=miss"
+
+
+async def test_knowledge_of_another_version_does_not_end_what_is_known(
+    api: httpx.AsyncClient, published: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = await ask(api, "maria")
+    recommender = recommender_of(api)
+    reads = []
+
+    async def of_another_version() -> bytes:
+        reads.append(1)
+        buffer = io.BytesIO()
+        np.savez(buffer, format=np.int64(99))
+        return buffer.getvalue()
+
+    monkeypatch.setattr(recommender.analytics, "served", of_another_version)
+    with Redis.from_url(published.redis_url.get_secret_value()) as redis:
+        redis.incr("personalization:generation")
+
+    for user in ("maria", "filmfan82", "u-1098"):
+        answer = await ask(api, user)
+        assert answer.pop("degraded") == ["analytics"]
+        assert user != "maria" or answer == before
+    assert len(reads) == 1  # and again some seconds later
 
 
 async def test_cached_answers_are_made_old_as_soon_as_redis_is_back(

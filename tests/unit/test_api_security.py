@@ -228,6 +228,13 @@ async def test_guessing_keys_is_slow_and_does_not_fill_the_log(lines: list[Any])
     assert len(lines) == 31
 
 
+@pytest.mark.parametrize("header", ["X-Forwarded-For", "Forwarded", "Via", "X-Real-IP", "x-forwarded-proto"])
+async def test_without_keys_what_comes_by_a_proxy_is_refused(header: str) -> None:
+    async with client_of(make_app(api_auth="off")) as client:
+        assert (await client.get("/v1/things/1")).is_success
+        assert (await client.get("/v1/things/1", headers={header: "127.0.0.1"})).status_code == 403
+
+
 def test_a_rate_is_so_many_at_once_and_then_evenly_again(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr("throttled.utils.time.monotonic", lambda: now)

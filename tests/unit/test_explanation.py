@@ -46,7 +46,8 @@ def answer(known: Known, top: int = 5, *, explain: bool = False, **changes: Any)
 
 
 def link(kind: str, campaign_id: str, **changes: Any) -> LinkRow:
-    return LinkRow(user_id="ann", kind=kind, id=campaign_id, name=campaign_id.title(), count=2, weight=1.0, last_at=NOW, **changes)
+    known = {"user_id": "ann", "kind": kind, "id": campaign_id, "name": campaign_id.title(), "count": 2}
+    return LinkRow(**known, weight=1.0, last_at=NOW, **changes)
 
 
 def share_of(known: Known, source: Any, campaign_id: str = "c0") -> tuple[str, dict[str, Any]]:

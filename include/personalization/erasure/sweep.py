@@ -13,6 +13,7 @@ from personalization.schemas import ErasureReceipt
 SETTLES_AFTER = timedelta(hours=1)
 """By then all that tells nobody of its work has ended: a request of the API, another erasure."""
 _CLOCK_SKEW = timedelta(minutes=5)
+_AT_ONCE = 100
 
 log = structlog.get_logger(__name__)
 
@@ -32,14 +33,16 @@ def sweep(places: Places) -> list[ErasureReceipt]:
         return []
     # Before anything is erased: what ends meanwhile may have written behind our back.
     final = {one["_id"] for one in erasures if one["requested_at"] < _all_settled_until(places)}
-    outcomes = erase_everywhere([one["user_id"] for one in erasures], places)
     receipts = []
-    for erasure in erasures:
-        user_id = erasure["user_id"]
-        found = record(user_id, outcomes[user_id], erasure, places)
-        if found.status == "erased" and erasure["_id"] in final:
-            found = found.model_copy(update={"settled_at": places.mongo.settle_erasure(user_id)["settled_at"]})
-        receipts.append(found)
+    for start in range(0, len(erasures), _AT_ONCE):  # a sweep that breaks off has done some
+        part = erasures[start : start + _AT_ONCE]
+        outcomes = erase_everywhere([one["user_id"] for one in part], places)
+        for erasure in part:
+            user_id = erasure["user_id"]
+            found = record(user_id, outcomes[user_id], erasure, places)
+            if found.status == "erased" and erasure["_id"] in final:
+                found = found.model_copy(update={"settled_at": places.mongo.settle_erasure(user_id)["settled_at"]})
+            receipts.append(found)
     with failures_told("analytics"), places.analytics() as analytics:  # they still count who is gone
         analytics.refresh_campaign_totals()
     settled = sum(one.settled_at is not None for one in receipts)
@@ -51,8 +54,8 @@ def sweep(places: Places) -> list[ErasureReceipt]:
 
 def _all_settled_until(places: Places) -> datetime:
     """Nothing is at work any more that began before this moment."""
-    known = datetime.min.replace(tzinfo=UTC)  # where staging does not say
+    moments: list[datetime] = []  # where staging does not say
     with failures_told("staging"):
         began = at_work(places.staging_uri)
-        known = min([datetime.now(UTC) - SETTLES_AFTER, *(one - _CLOCK_SKEW for one in began)])
-    return known
+        moments = [datetime.now(UTC) - SETTLES_AFTER, *(one - _CLOCK_SKEW for one in began)]
+    return min(moments, default=datetime.min.replace(tzinfo=UTC))

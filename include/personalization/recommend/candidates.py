@@ -29,6 +29,7 @@ _LONGEST_RUN_MS = DAY_MS
 
 T = TypeVar("T")
 
+
 @dataclass(frozen=True)
 class Known:
     """All that is known about one user, beside what is served to all."""
@@ -105,7 +106,7 @@ class _Found:
 async def gather(user_ids: Sequence[str], now_ms: int, *, served: ServedKnowledge, lookup: Lookup) -> list[Known]:
     """Ask the stores about different users, in parallel where the data allow it.
 
-    A constant number of round trips for any number of users: three to Milvus, two to Neo4j, one to analytics, one to
+    A constant number of round trips for any number of users: three to Milvus, two to Neo4j, one to analytics, two to
     MongoDB. Bytes grow with the users' links and events and with the candidates, not with `neighbours`. A store that
     cannot be asked is left out and named.
     """
@@ -142,7 +143,10 @@ async def gather(user_ids: Sequence[str], now_ms: int, *, served: ServedKnowledg
         )
         for one in user_ids
     ]
-    return _known(found, similar, neighbours_engaged, now_ms, served, lookup.half_life_days, frozenset(missing))
+    # In a thread: who only waits for Redis need not wait for this.
+    return await asyncio.to_thread(
+        _known, found, similar, neighbours_engaged, now_ms, served, lookup.half_life_days, frozenset(missing)
+    )
 
 
 async def imagine(
@@ -250,7 +254,7 @@ def _known(
             served,
             campaigns,
             evidence.row(at),
-            Viewer(user.user_id, frozenset(one["id"] for one in expressed[at]), _events(user)),
+            Viewer(user.user_id, frozenset(one["id"] for one in expressed[at]), _events(user), "neo4j" not in missing),
             expressed[at],
             engaged[at],
             similar[at],

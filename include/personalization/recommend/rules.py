@@ -25,6 +25,8 @@ class Viewer:
     user_id: str
     intent_ids: frozenset[str]
     events: list[PastEvent]
+    intents_known: bool = True
+    """Not where the store that knows them could not be asked."""
 
     def times(self, campaign_id: str, event: EventKind) -> list[int]:
         """When it happened."""
@@ -69,27 +71,33 @@ def exclusions(
 
 
 def _objections(campaign: Campaign, viewer: Viewer, now_ms: int, category: str | None) -> Iterator[tuple[str, str]]:
-    audience = campaign.audience
     if now_ms < campaign.active_from_ms:
         yield "window", f"starts on {campaign.active_from:%Y-%m-%d}"
     if now_ms >= campaign.active_until_ms:
         yield "window", f"ended on {campaign.active_until:%Y-%m-%d}"
     if category is not None and campaign.category != category:
         yield "category", f"is of the category {campaign.category}"
-    if viewer.user_id in audience.exclude_users:
-        yield "audience", "excludes this user"
-    if audience.include_users and viewer.user_id not in audience.include_users:
-        yield "audience", "is for named users only"
-    if audience.include_intents and not viewer.intent_ids & set(audience.include_intents):
-        yield "audience", f"is for users who expressed {', '.join(audience.include_intents)}"
-    if unwanted := viewer.intent_ids & set(audience.exclude_intents):
-        yield "audience", f"is not for users who expressed {', '.join(sorted(unwanted))}"
+    yield from _outside(campaign, viewer)
     yield from _not_again(campaign, viewer, now_ms)
     if campaign.frequency_cap is not None:
         since = now_ms - campaign.frequency_cap.days * DAY_MS
         shown = sum(at > since for at in viewer.times(campaign.id, "impression"))
         if shown >= campaign.frequency_cap.impressions:
             yield "frequency_cap", f"shown {shown}× within {_days(campaign.frequency_cap.days)}"
+
+
+def _outside(campaign: Campaign, viewer: Viewer) -> Iterator[tuple[str, str]]:
+    audience = campaign.audience
+    if viewer.user_id in audience.exclude_users:
+        yield "audience", "excludes this user"
+    if audience.include_users and viewer.user_id not in audience.include_users:
+        yield "audience", "is for named users only"
+    if audience.include_intents and not viewer.intent_ids & set(audience.include_intents):
+        yield "audience", f"is for users who expressed {', '.join(audience.include_intents)}"
+    if audience.exclude_intents and not viewer.intents_known:
+        yield "audience", "is not for all users, and what this one expressed cannot be looked up now"
+    if unwanted := viewer.intent_ids & set(audience.exclude_intents):
+        yield "audience", f"is not for users who expressed {', '.join(sorted(unwanted))}"
 
 
 def _not_again(campaign: Campaign, viewer: Viewer, now_ms: int) -> Iterator[tuple[str, str]]:

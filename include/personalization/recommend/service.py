@@ -1,6 +1,7 @@
 """The recommender: cache, evidence, ranking, rules and explanation put together."""
 
 import asyncio
+import contextlib
 import hashlib
 import time
 from collections.abc import Awaitable, Collection, Sequence
@@ -27,13 +28,17 @@ from personalization.settings import Settings
 from personalization.stores.analytics import AsyncAnalyticsReader
 from personalization.stores.cache import AsyncCache, LookedUp
 from personalization.stores.embedding import AsyncEmbedder
-from personalization.stores.milvus import AsyncVectorReader
+from personalization.stores.milvus import AsyncVectorReader, Vectors
 from personalization.stores.mongo import AsyncEventStore
 from personalization.stores.neo4j import AsyncGraphReader
 
+_AGAIN_S = 5.0
+"""How long knowledge that could not be read anew is not asked for again."""
 _UNSURE_S = 30.0
 """How long knowledge is trusted while Redis cannot say which generation is served."""
 _NOBODY = "-"
+_REFRESHES = 32
+"""Old answers that are made anew at a time: those who wait come first."""
 _BATCH = 16
 _BATCHES = 2
 """One waits for the stores while the other is ranked."""
@@ -89,12 +94,15 @@ class Recommender:
     _served: ServedKnowledge | None = field(default=None, init=False)
     _generation: int | None = field(default=None, init=False)
     _read_at: float = field(default=0.0, init=False)
+    _unread_until: float = field(default=0.0, init=False)
     _reading: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
     _refreshing: set[asyncio.Task[None]] = field(default_factory=set, init=False)
+    _making_up: asyncio.Task[None] | None = field(default=None, init=False)
+    _batches: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_BATCHES), init=False)
 
     def __post_init__(self) -> None:
         self.guard = Guard(self.settings.answer_store_timeout_s, self.observer)
-        self._batcher = Batcher(self._make, _BATCH, _BATCHES)
+        self._batcher = Batcher(self._make, _BATCH, _BATCHES, alike=StoreError)
         self._policy = _policy_digest(self.settings)
 
     @classmethod
@@ -113,6 +121,8 @@ class Recommender:
 
     async def aclose(self) -> None:
         """Close every client."""
+        for task in [*self._refreshing, *([self._making_up] if self._making_up else [])]:
+            task.cancel()
         await self.cache.client.aclose()
         await self.vectors.close()
         await self.graph.driver.close()
@@ -151,17 +161,13 @@ class Recommender:
             return self._told(await self._in_time(ask, before))
         if (hit := self.fresh(before)) is not None:
             return hit
-        if before.stored is not None and before.is_current:
+        if before.stored is not None and before.is_recent:
             self._refresh(ask, before)
             return self._told(Answer(before.stored.body, "stale"))
         try:
             return self._told(await self._in_time(ask, before))
         except StoreError as error:
-            if before.stored is None or before.stored.touched != before.touched:
-                raise
-            # The last generation's is better than none, and says what it lacks.
-            body = b'{"degraded":["%s"],' % error.store.encode() + before.stored.body[1:]
-            return self._told(Answer(body, "stale", (error.store,)))
+            return self._told(_stand_in(before, error))
 
     async def answers(self, asks: Sequence[Ask]) -> list[Answer]:
         """As many answers in as many round trips as one.
@@ -169,17 +175,20 @@ class Recommender:
         Raises:
             StoreError: nothing was published yet, or nothing can be said in time.
         """
-        before = await self.look_up([(one.user_id, self.variant(one)) for one in asks])
+        looked_up = await self.look_up([(one.user_id, self.variant(one)) for one in asks])
+        before: Sequence[LookedUp | None] = looked_up or [None] * len(asks)
         found: dict[int, Answer] = {}
         wanted: dict[int, _Wanted] = {}
-        for at, ask in enumerate(asks):
-            known = before[at] if before else None
+        for at, (ask, known) in enumerate(zip(asks, before, strict=True)):
             if known is not None and known.stored is not None and known.is_fresh:
                 found[at] = Answer(known.stored.body, "hit")
             else:
                 wanted[at] = _wanted(ask, known)
         if wanted:
-            made = await self._bounded(self._make(list(wanted.values())))
+            try:
+                made = await self._bounded(self._make_in_turn(list(wanted.values())))
+            except StoreError as error:
+                made = [_stand_in(before[at], error) for at in wanted]
             found.update(zip(wanted, made, strict=True))
         return [self._told(found[at]) for at in range(len(asks))]
 
@@ -189,15 +198,17 @@ class Recommender:
         Raises:
             StoreError: the embedding service does not answer, or nothing was published yet.
         """
+        return await self._bounded(self._preview(message, top))
+
+    async def _preview(self, message: str, top: int) -> Preview:
         served = await self.knowledge()
         embed = partial(self.embedder.embed, [message], model=served.model)
         vector = await self.guard.call("embedding", embed, timeout_s=self.settings.answer_timeout_s)
         now_ms = _now_ms()
-        [reading] = served.classifier.classify(vector, self.settings.intent_keep) if served.classifier else [None]
-        intents = reading.expressed if reading else []
+        intents = await asyncio.to_thread(_expressed, served, vector, self.settings.intent_keep)
         known = await imagine(vector, intents, now_ms, served=served, lookup=self._lookup(self.guard))
         settings = self.settings.model_copy(update={"exploration_share": 0.0, "experiment_ranker": ""})
-        [found] = decide([known], [Ask("", top)], now_ms, settings)
+        [found] = await asyncio.to_thread(decide, [known], [Ask("", top)], now_ms, settings)
         return Preview(
             intents=[
                 ExpressedNow(intent_id=one, name=served.intent_names[one], confidence=round(confidence, 4))
@@ -227,6 +238,15 @@ class Recommender:
             await self.guard.call("redis", partial(self.cache.touch, user_ids))
         except StoreError:
             log.warning("cached answers are made old when Redis is back", users=len(user_ids))
+            if self._making_up is None or self._making_up.done():
+                self._making_up = asyncio.create_task(self._make_up())
+
+    async def _make_up(self) -> None:
+        """Tell Redis what it was not there for."""
+        while self.cache.untouched:
+            await asyncio.sleep(1)
+            with contextlib.suppress(StoreError):
+                await self.cache.touch(list(self.cache.untouched))
 
     async def warm_up(self) -> None:
         """Connect to every store and read what is served, so that the first user need not wait for it."""
@@ -270,6 +290,8 @@ class Recommender:
 
     def _refresh(self, ask: Ask, before: LookedUp) -> None:
         """Make the answer anew while the old one is given."""
+        if len(self._refreshing) >= _REFRESHES:
+            return
         task = asyncio.create_task(self._refreshed(ask, before))
         self._refreshing.add(task)
         task.add_done_callback(self._refreshing.discard)
@@ -284,6 +306,10 @@ class Recommender:
         if self.observer is not None:
             self.observer.answered(answer.outcome, answer.degraded)
         return answer
+
+    async def _make_in_turn(self, wanted: Sequence[_Wanted]) -> list[Answer]:
+        async with self._batches:
+            return await self._make(wanted)
 
     async def _make(self, wanted: Sequence[_Wanted]) -> list[Answer]:
         """New answers, stored where they are whole."""
@@ -323,13 +349,18 @@ class Recommender:
             return self._served, frozenset()
         async with self._reading:
             if self._served is None or not self._is_current(generation):
+                if self._served is not None and time.monotonic() < self._unread_until:
+                    return self._served, frozenset({"analytics"})
                 try:
-                    content = await self.guard.call("analytics", self.analytics.served)
+                    # It is large, and read once for all.
+                    patience = self.settings.store_timeout_s
+                    content = await self.guard.call("analytics", self.analytics.served, timeout_s=patience)
+                    self._served = await asyncio.to_thread(ServedKnowledge.from_bytes, content)
                 except StoreError:
                     if self._served is None:
                         raise
+                    self._unread_until = time.monotonic() + _AGAIN_S
                     return self._served, frozenset({"analytics"})
-                self._served = await asyncio.to_thread(ServedKnowledge.from_bytes, content)
                 self._generation, self._read_at = generation, time.monotonic()
             return self._served, frozenset()
 
@@ -456,6 +487,26 @@ def _policy_digest(settings: Settings) -> str:
         "profile_half_life_days",
     )
     return hashlib.blake2b(repr([getattr(settings, one) for one in names]).encode(), digest_size=4).hexdigest()
+
+
+def _expressed(served: ServedKnowledge, vector: Vectors, keep: float) -> list[tuple[str, float]]:
+    """Intents of the message with this vector (1, dim), and how sure they are."""
+    if served.classifier is None:
+        return []
+    [reading] = served.classifier.classify(vector, keep)
+    return reading.expressed
+
+
+def _stand_in(before: LookedUp | None, error: StoreError) -> Answer:
+    """The last stored answer, where it is of what the user did last: better than none, and it says what it lacks.
+
+    Raises:
+        StoreError: there is none.
+    """
+    if before is None or before.stored is None or not before.is_of_user:
+        raise error
+    body = b'{"degraded":["%s"],' % error.store.encode() + before.stored.body[1:]
+    return Answer(body, "stale", (error.store,))
 
 
 def _wanted(ask: Ask, before: LookedUp | None) -> _Wanted:

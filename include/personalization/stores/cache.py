@@ -96,6 +96,8 @@ class Stored:
     touched: bytes
     fresh_until: float
     """Seconds since the epoch."""
+    recent_until: float
+    """Until then it may be given while a new one is made."""
     body: bytes
 
 
@@ -111,9 +113,18 @@ class LookedUp:
 
     @property
     def is_current(self) -> bool:
-        """Whether the stored answer is of this generation, and of what the user did last."""
-        stored = self.stored
-        return stored is not None and stored.generation == self.generation and stored.touched == self.touched
+        """Whether the stored answer is of this generation."""
+        return self.is_of_user and self.stored.generation == self.generation  # type: ignore[union-attr]
+
+    @property
+    def is_of_user(self) -> bool:
+        """Whether the stored answer is of what the user did last. Not where that was forgotten."""
+        return self.stored is not None and self.touched != b"" and self.stored.touched == self.touched
+
+    @property
+    def is_recent(self) -> bool:
+        """Whether the stored answer may be given while a new one is made."""
+        return self.is_current and time.time() < self.stored.recent_until  # type: ignore[union-attr]
 
     @property
     def is_fresh(self) -> bool:
@@ -163,7 +174,7 @@ class AsyncCache:
             generation, *values = cast("list[bytes | None]", await self.client.mget(keys))
         generation = generation or b"0"
         return [
-            LookedUp(generation, touched or b"", _parsed(value) if value is not None else None)
+            LookedUp(generation, touched or b"", self._parsed(value) if value is not None else None)
             for touched, value in zip(values[::2], values[1::2], strict=True)
         ]
 
@@ -177,11 +188,19 @@ class AsyncCache:
         with redis_errors():
             pipeline = self.client.pipeline(transaction=False)
             for user_id, variant, generation, touched, body in answers:
+                if not touched:  # or the answer would outlive a token that Redis had no room for
+                    touched = secrets.token_hex(8).encode()
+                    pipeline.set(_touched_key(user_id), touched, ex=self._ttl_s * _KEPT_TTLS * 2, nx=True)
                 # Spread, so that what was made at once does not end at once.
                 fresh_until = now + self._ttl_s * random.uniform(_EARLIEST, 1)  # noqa: S311
                 value = b"|".join((generation, touched, b"%.3f" % fresh_until, body))
                 pipeline.set(answer_key(user_id, variant), value, ex=self._ttl_s * _KEPT_TTLS)
             await pipeline.execute()
+
+    def _parsed(self, value: bytes) -> Stored:
+        generation, touched, fresh_until, body = value.split(b"|", 3)
+        until = float(fresh_until)
+        return Stored(generation, touched, until, until + self._ttl_s, body)
 
     async def touch(self, user_ids: Collection[str]) -> None:
         """Make all cached answers of the users old, those being made now, too. One round trip."""
@@ -200,8 +219,3 @@ def answer_key(user_id: str, variant: str) -> str:
 
 def _touched_key(user_id: str) -> str:
     return f"touched:{{{user_id}}}"
-
-
-def _parsed(value: bytes) -> Stored:
-    generation, touched, fresh_until, body = value.split(b"|", 3)
-    return Stored(generation, touched, float(fresh_until), body)

@@ -76,7 +76,8 @@ def milvus_errors() -> Iterator[None]:
             raise StoreError("milvus", f"refused the credentials; {hint}") from error
         if error.code == 2 or "connect" in str(error).lower():
             raise StoreError("milvus", "does not answer; is it running?") from error
-        raise StoreError("milvus", f"refused the operation ({error.code}: {error.message})") from error
+        # Its own words may repeat an id, and stand in the cause.
+        raise StoreError("milvus", f"refused the operation (code {error.code})") from error
     except (grpc.RpcError, OSError) as error:
         raise StoreError("milvus", f"does not answer ({type(error).__name__}); is it running?") from error
 

@@ -1,11 +1,12 @@
 """MongoDB: the raw messages and events, the rows that were refused, which runs were published, and who was erased."""
 
+import asyncio
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Literal, NamedTuple, TypedDict, cast
 
 from bson.errors import InvalidDocument
@@ -344,10 +345,11 @@ class AsyncEventStore:
         return list(outcomes.values())
 
     async def pending_of(self, user_ids: Sequence[str], since_ms: int) -> dict[str, list[PastEventRow]]:
-        """What was received of the users after `since_ms`, the newest first; users without any are left out.
+        """What was received of the users after `since_ms` that rules ask for; users without any are left out.
 
-        At most 1,000 times as many as there are users, the newest. One round trip, and a range of an index for each
-        user. Events are dated just before they are stored: `since_ms` should be a little early.
+        Conversions and dismissals apart from impressions, of which there may be many; of each at most 1,000 times as
+        many as there are users, the newest. Two round trips at once, and two ranges of an index for each user. Events
+        are dated just before they are stored: `since_ms` should be a little early.
         """
         if not user_ids:
             return {}
@@ -355,13 +357,22 @@ class AsyncEventStore:
         who = user_ids[0] if len(user_ids) == 1 else {"$in": list(user_ids)}
         received = {"$gt": datetime.fromtimestamp(since_ms / 1000, UTC)}
         fields = {"_id": 0, "user_id": 1, "campaign_id": 1, "event": 1, "timestamp": 1}
+        limit = _PENDING_KEPT * len(user_ids)
         found: dict[str, list[PastEventRow]] = {}
         with mongo_errors():
-            newest = self.events.find({"user_id": who, "received_at": received}, fields).sort("received_at", -1)
-            limit = _PENDING_KEPT * len(user_ids)
-            for one in await newest.limit(limit).batch_size(limit).to_list():
-                row = PastEventRow(one["campaign_id"], one["event"], int(one["timestamp"].timestamp() * 1000))
-                found.setdefault(one["user_id"], []).append(row)
+            parts = await asyncio.gather(
+                *(
+                    self.events.find({"user_id": who, "received_at": received, "event": kind}, fields)
+                    .sort("received_at", -1)
+                    .limit(limit)
+                    .batch_size(limit)
+                    .to_list()
+                    for kind in ({"$in": ["conversion", "dismiss"]}, "impression")
+                )
+            )
+        for one in chain(*parts):
+            row = PastEventRow(one["campaign_id"], one["event"], int(one["timestamp"].timestamp() * 1000))
+            found.setdefault(one["user_id"], []).append(row)
         return found
 
     async def _insert(self, events: Sequence[Event]) -> list[int]:

@@ -1,8 +1,10 @@
 """Forget a person."""
 
-import asyncio
+from functools import cache, partial
 from typing import Any
 
+import anyio.to_thread
+from anyio import CapacityLimiter
 from fastapi import APIRouter, Request, Response
 from personalization.schemas import ErasedStore, ErasureReceipt
 from personalization.settings import Settings
@@ -76,11 +78,17 @@ async def erase_user(user_id: UserId, request: Request, response: Response, reco
     Where MongoDB does not answer it is a 503 and nothing was done.
     """
     settings: Settings = request.app.state.settings
-    receipt = await asyncio.to_thread(_erase, user_id, settings)
+    receipt = await anyio.to_thread.run_sync(partial(_erase, user_id, settings), limiter=_at_once())
     if any(one.store == "redis" and one.status == "pending" for one in receipt.stores):
         await recommender.forget([user_id])  # what is still cached counts for nothing once Redis is back
     response.status_code = 200 if receipt.status == "erased" else 202
     return receipt
+
+
+@cache
+def _at_once() -> CapacityLimiter:
+    """A store that hangs holds up other erasures, and nothing else."""
+    return CapacityLimiter(2)
 
 
 def _erase(user_id: str, settings: Settings) -> ErasureReceipt:

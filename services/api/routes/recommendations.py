@@ -2,7 +2,7 @@
 
 from typing import Annotated, Final
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, HTTPException, Query, Request, Response
 from personalization.recommend.service import Answer, Ask
 from personalization.schemas import (
     CatalogId,
@@ -181,6 +181,9 @@ async def batch(asked: BatchAsk, recommender: RecommenderDep) -> Response:
 @_made.post("/recommendations:preview", response_model_exclude_none=True, responses=problems(400, 422))
 async def preview(asked: PreviewAsk, recommender: RecommenderDep) -> Preview:
     """What would be shown to somebody of whom only this message is known. Nothing is stored."""
+    most = recommender.settings.max_message_chars
+    if len(asked.message) > most:
+        raise HTTPException(422, f"message: must have at most {most} characters")
     return await recommender.preview(asked.message, asked.top)
 
 
