@@ -37,6 +37,7 @@ def recommendations(user_id: str, top: int = 5) -> dict[str, Any]:
         "users",
         data=[own[0]["embedding"]],
         limit=_NEIGHBOURS,
+        output_fields=["id"],
         search_params={"metric_type": "COSINE", "params": {"ef": 64}},
     )[0]
     neighbours = [{"id": hit["id"], "similarity": float(hit["distance"])} for hit in hits if hit["id"] != user_id]
