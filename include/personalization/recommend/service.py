@@ -126,7 +126,7 @@ class Recommender:
         await self.cache.client.aclose()
         await self.vectors.close()
         await self.graph.driver.close()
-        await self.analytics.engine.dispose()
+        await self.analytics.aclose()
         await self.events.aclose()
         await self.embedder.aclose()
 

@@ -73,6 +73,7 @@ _SERVING = 1
 _IMPRESSIONS_KEPT_S = 365 * 86_400  # as far back as a frequency cap may look
 _IMPRESSIONS_KEPT = 5000
 _EXPRESSED_KEPT = 50
+_CLEANED_UP_S = 5.0
 
 T = TypeVar("T")
 _MESSAGES, _EVENT, _EXPRESSED = "messages", "event", "expressed"
@@ -711,6 +712,14 @@ class AsyncAnalyticsReader:
         engine = create_async_engine(url, connect_args={"timeout": settings.answer_store_timeout_s})
         event.listen(engine.sync_engine, "connect", _add_power)
         return cls(engine)
+
+    async def aclose(self) -> None:
+        """Close the connections, behind what is still cleaned up: cancelled once more, as at the end of a loop, a
+        closing connection of aiosqlite is waited for without end.
+        """
+        if self._given_up:
+            await asyncio.wait(self._given_up, timeout=_CLEANED_UP_S)
+        await self.engine.dispose()
 
     async def served(self) -> bytes:
         """What was published last.
