@@ -1,6 +1,7 @@
 """Ranking: the sources' scores to one score a campaign, each score split into what the sources gave to it."""
 
 import json
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -142,6 +143,10 @@ FUSIONS = (DEFAULT_FUSION, POPULAR_FUSION)
 """What serves without a learned ranker: the one that did best, the first where there is nothing to tell by."""
 
 
+_PREDICTING = threading.Lock()
+"""LightGBM writes to its trees before it makes SHAP values: two threads at once may end the process."""
+
+
 @dataclass(frozen=True)
 class LearnedRanker:
     """Gradient-boosted trees (LightGBM) over the sources' scores and ranks, fitted to feedback."""
@@ -184,7 +189,8 @@ class LearnedRanker:
         rows = matrix.reshape(-1, matrix.shape[2])
         if not len(rows):
             return np.zeros((0, matrix.shape[2] + 1) if options else 0)
-        return np.asarray(self.booster.predict(rows, num_threads=1, **options))
+        with _PREDICTING:
+            return np.asarray(self.booster.predict(rows, num_threads=1, **options))
 
     def to_json(self) -> str:
         """All of it as text, for the store."""
