@@ -27,7 +27,7 @@ from pydantic import SecretStr
 from services.api.main import create_app
 from services.api.security import SCHEME
 
-EXAMPLES = os.environ.get("SCHEMATHESIS_EXAMPLES", "8")
+EXAMPLES = os.environ.get("SCHEMATHESIS_EXAMPLES", "20")
 
 
 @dataclass(frozen=True)
