@@ -13,7 +13,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, LiteralString, TypedDict
 
-from neo4j import AsyncDriver, AsyncGraphDatabase, Driver, GraphDatabase, ManagedTransaction, RoutingControl
+from neo4j import (
+    READ_ACCESS,
+    AsyncDriver,
+    AsyncGraphDatabase,
+    Driver,
+    GraphDatabase,
+    ManagedTransaction,
+    RoutingControl,
+)
 from neo4j.exceptions import AuthError, ConfigurationError, DriverError, Neo4jError
 
 from personalization.errors import StoreError
@@ -284,12 +292,13 @@ class AsyncGraphReader:
         )
 
     async def _read(self, query: LiteralString, **parameters: Any) -> list[Any]:
+        """Rows as dictionaries. Auto-commit: one exchange, where a managed transaction takes two."""
         with neo4j_errors():
-            async with asyncio.timeout(self._timeout_s):
-                result = await self.driver.execute_query(
-                    query, parameters, database_=self._database, routing_=RoutingControl.READ
-                )
-        return [record.data() for record in result.records]
+            async with (
+                asyncio.timeout(self._timeout_s),
+                self.driver.session(database=self._database, default_access_mode=READ_ACCESS) as session,
+            ):
+                return await (await session.run(query, parameters)).data()
 
 
 def _engaged_row(engagement: Engagement) -> dict[str, Any]:
