@@ -1,6 +1,7 @@
 """The recommendation API. One event loop, pooled async clients that connect on first use."""
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -25,6 +26,10 @@ UNVERSIONED = ("/recommendations/{user_id}", "/health")
 """Paths that are also there without `/v1`."""
 
 
+_SWITCH_S = 0.0005
+"""Ranking runs in threads; by default each could keep the event loop waiting for 5 ms at a time."""
+
+
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Open the clients with the app, close them with it.
@@ -33,6 +38,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         SettingsError: nobody could ask this API.
     """
     configure_logs()
+    sys.setswitchinterval(_SWITCH_S)
     app.state.gate.check()
     settings: Settings = app.state.settings
     recommender = Recommender.from_settings(settings, app.state.metrics)

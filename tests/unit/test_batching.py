@@ -110,19 +110,19 @@ async def test_when_the_work_is_cancelled_nobody_waits_for_ever() -> None:
 
 
 async def test_one_that_spoils_a_batch_spoils_it_for_itself_alone() -> None:
-    class Refused(Exception): ...
+    class RefusedError(Exception): ...
 
     async def works(numbers: Sequence[int]) -> list[int]:
         if 13 in numbers:
             raise KeyError(13)
         if 99 in numbers:
-            raise Refused
+            raise RefusedError
         return [2 * one for one in numbers]
 
-    batcher = Batcher(works, most=5, at_once=1, alike=Refused)
+    batcher = Batcher(works, most=5, at_once=1, alike=RefusedError)
     found = await asyncio.gather(*(batcher.ask(one) for one in (0, 1, 13, 2)), return_exceptions=True)
     assert [one for one in found if not isinstance(one, KeyError)] == [0, 2, 4]
     assert isinstance(found[2], KeyError)
 
     found = await asyncio.gather(*(batcher.ask(one) for one in (0, 1, 99, 2)), return_exceptions=True)
-    assert all(isinstance(one, Refused) for one in found)
+    assert all(isinstance(one, RefusedError) for one in found)
