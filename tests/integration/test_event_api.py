@@ -323,7 +323,7 @@ async def test_round_trips_do_not_grow_with_the_events(count: int, settings: Set
     counted = Counted()
     client: Any = AsyncMongoClient(settings.mongodb_uri.get_secret_value(), tz_aware=True, event_listeners=[counted])
     events = AsyncEventStore(client, settings.mongodb_database)
-    batch = [Event.model_validate(event(number, user_id=f"user-{number}")) for number in range(count)]
+    batch = [Event.model_validate(event(number, user_id=f"user-{number}", event="dismiss")) for number in range(count)]
 
     assert await events.insert(batch) == ["accepted"] * count
     assert counted.names == ["find", "insert"]
@@ -332,7 +332,7 @@ async def test_round_trips_do_not_grow_with_the_events(count: int, settings: Set
     assert counted.names == ["find", "insert", "find"]
     counted.names.clear()
     assert len(await events.pending_of([one.user_id for one in batch], 0)) == count
-    assert counted.names == ["find"]
+    assert counted.names == ["find", "find"]
     await events.aclose()
 
 
@@ -445,21 +445,21 @@ async def test_without_redis_events_are_taken(settings: Settings, stores: Stores
 # --- what has not been rolled up
 
 
-async def test_pending_events_are_the_users_own_the_newest_first(events: AsyncEventStore) -> None:
-    kinds = ("impression", "click", "dismiss")
+async def test_pending_events_are_those_of_the_users_that_rules_ask_for(events: AsyncEventStore) -> None:
+    kinds = ("impression", "conversion", "click", "dismiss")
     for number, kind in enumerate(kinds):
         await events.insert([Event.model_validate(event(number, event=kind))])
-    await events.insert([Event.model_validate(event(7, user_id="bob"))])
+    await events.insert([Event.model_validate(event(7, user_id="bob", event="dismiss"))])
     moment = int(datetime(2026, 10, 1, 9, tzinfo=UTC).timestamp() * 1000)
-    rows = [PastEventRow("city_breaks", kind, moment) for kind in reversed(kinds)]
+    rows = [PastEventRow("city_breaks", kind, moment) for kind in ("dismiss", "conversion", "impression")]
 
     assert await events.pending_of(["ann"], 0) == {"ann": rows}
-    assert await events.pending_of(["ann", "bob", "nobody"], 0) == {"ann": rows, "bob": [rows[1]]}
+    assert await events.pending_of(["ann", "bob", "nobody"], 0) == {"ann": rows, "bob": [rows[0]]}
     assert await events.pending_of([], 0) == {}
 
 
 async def test_pending_events_are_those_received_since(events: AsyncEventStore, stores: Stores) -> None:
-    await events.insert([Event.model_validate(event(number)) for number in range(2)])
+    await events.insert([Event.model_validate(event(number, event="dismiss")) for number in range(2)])
     since = datetime(2026, 11, 1, tzinfo=UTC)
     stores.mongo.events.update_one({"_id": "e0"}, {"$set": {"received_at": since}})
 
@@ -468,11 +468,15 @@ async def test_pending_events_are_those_received_since(events: AsyncEventStore, 
     assert len(found["ann"]) == 1
 
 
-async def test_pending_events_are_bounded(events: AsyncEventStore) -> None:
+async def test_pending_impressions_are_bounded_and_push_nothing_else_out(events: AsyncEventStore) -> None:
+    await events.insert([Event.model_validate(event(9999, event="dismiss"))])
     for start in range(0, 1100, 550):
-        await events.insert([Event.model_validate(event(number)) for number in range(start, start + 550)])
+        shown = [event(number, event="impression") for number in range(start, start + 550)]
+        await events.insert([Event.model_validate(one) for one in shown])
 
-    assert len((await events.pending_of(["ann"], 0))["ann"]) == 1000
+    found = (await events.pending_of(["ann"], 0))["ann"]
+
+    assert [one.event for one in found] == ["dismiss", *["impression"] * 1000]
 
 
 # --- ids, whatever they are

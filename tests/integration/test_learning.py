@@ -12,14 +12,11 @@ from personalization.errors import StoreError
 from personalization.pipeline import learn as learn_stage
 from personalization.pipeline.run import run_pipeline
 from personalization.recommend.knowledge import ServedKnowledge
-from personalization.recommend.service import Recommender
+from personalization.recommend.service import Ask, Recommender
 from personalization.schemas import Event, Recommendations
 from personalization.settings import Settings
-from personalization.stores.analytics import AnalyticsStore, AsyncAnalyticsReader
-from personalization.stores.cache import AsyncCache
-from personalization.stores.milvus import AsyncVectorReader
+from personalization.stores.analytics import AnalyticsStore
 from personalization.stores.mongo import event_document
-from personalization.stores.neo4j import AsyncGraphReader
 from pydantic import SecretStr
 from sqlalchemy import create_engine, text
 
@@ -61,20 +58,13 @@ def run(settings: Settings, tmp_path: Path, *events: dict[str, Any], ends: str =
 
 async def ask(settings: Settings, user_id: str, top: int = 50) -> Recommendations:
     """A new process of the API answers."""
-    recommender = Recommender(
-        cache=AsyncCache.from_settings(settings),
-        vectors=AsyncVectorReader(settings),
-        graph=AsyncGraphReader.from_settings(settings),
-        analytics=AsyncAnalyticsReader.from_settings(settings),
-        settings=settings,
-    )
+    recommender = Recommender.from_settings(settings)
+    question = Ask(user_id, top, explain=True)
     try:
-        return Recommendations.model_validate_json(await recommender.answer(user_id, top, explain=True))
+        [before] = await recommender.look_up([(user_id, recommender.variant(question))]) or [None]
+        return Recommendations.model_validate_json((await recommender.answer(question, before)).body)
     finally:
-        await recommender.cache.client.aclose()
-        await recommender.vectors.close()
-        await recommender.graph.driver.close()
-        await recommender.analytics.engine.dispose()
+        await recommender.aclose()
 
 
 def shown(answer: Recommendations) -> list[str]:
