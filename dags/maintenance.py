@@ -32,6 +32,7 @@ DEFAULT_ARGS = {
     start_date=datetime(2026, 1, 1),
     catchup=False,
     max_active_runs=1,
+    is_paused_upon_creation=False,  # an erasure that waits must not wait for somebody to think of it
     default_args=DEFAULT_ARGS,
     tags=["personalization", "maintenance", "erasure"],
     doc_md=__doc__,
