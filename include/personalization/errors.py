@@ -52,9 +52,5 @@ class ErasureError(PersonalizationError):
     """Some users could not be erased from every store yet."""
 
 
-class ErasedError(PersonalizationError):
-    """Nothing is taken of this user any more: they were erased."""
-
-
 class LocalStackError(PersonalizationError):
     """The embedded stack cannot be started or a process of it has died."""

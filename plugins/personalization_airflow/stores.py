@@ -8,7 +8,7 @@ from airflow.providers.neo4j.hooks.neo4j import Neo4jHook
 from airflow.providers.redis.hooks.redis import RedisHook
 from personalization.erasure.places import Places
 from personalization.settings import Settings
-from personalization.stores.analytics import AnalyticsStore
+from personalization.stores.analytics import analytics_store
 from personalization.stores.cache import CachePublisher
 from personalization.stores.milvus import VectorStore, milvus_errors
 from personalization.stores.mongo import MongoStore, mongo_errors
@@ -51,16 +51,6 @@ def cache_publisher() -> Iterator[CachePublisher]:
     """Redis by `redis_default`."""
     with closing(RedisHook().get_conn()) as client:  # type: ignore[no-untyped-call]
         yield CachePublisher(client)
-
-
-@contextmanager
-def analytics_store(settings: Settings) -> Iterator[AnalyticsStore]:
-    """The analytics database of the settings."""
-    store = AnalyticsStore.from_settings(settings)
-    try:
-        yield store
-    finally:
-        store.engine.dispose()
 
 
 @contextmanager

@@ -12,9 +12,10 @@ from personalization.schemas import Ref
 def prepare() -> None:
     """Make the stores ready and bring the catalog into them."""
     from personalization.pipeline import prepare as stages
+    from personalization.stores.analytics import analytics_store
 
     from personalization_airflow.stage import stage
-    from personalization_airflow.stores import analytics_store, graph_store, vector_store
+    from personalization_airflow.stores import graph_store, vector_store
 
     with (
         stage("prepare") as s,
@@ -57,9 +58,10 @@ def ingest(input_path: str, events_path: str) -> list[Ref]:
 def ingest_events(input_path: str, events_path: str) -> None:
     """Take the named file of events, or, where no file is named, the inbox's new ones; and those of the API."""
     from personalization.pipeline import events, taking
+    from personalization.stores.analytics import analytics_store
 
     from personalization_airflow.stage import stage
-    from personalization_airflow.stores import analytics_store, mongo_store
+    from personalization_airflow.stores import mongo_store
 
     with stage("ingest_events") as s, mongo_store(s.settings) as mongo, analytics_store(s.settings) as analytics:
         by_hand = bool(input_path or events_path)
@@ -110,9 +112,10 @@ def upsert_vectors(shard: Ref) -> None:
 def detect_intents(shards: Sequence[Ref] | None, utterances: Ref) -> list[Ref]:
     """Find what each message expresses; return the users to refresh, in pages."""
     from personalization.pipeline import intents
+    from personalization.stores.analytics import analytics_store
 
     from personalization_airflow.stage import stage
-    from personalization_airflow.stores import analytics_store, mongo_store, vector_store
+    from personalization_airflow.stores import mongo_store, vector_store
 
     with (
         stage("detect_intents") as s,
@@ -137,9 +140,10 @@ def detect_intents(shards: Sequence[Ref] | None, utterances: Ref) -> list[Ref]:
 def build_graph(user_page: Ref) -> None:
     """Write what one page of users expressed and engaged with to Neo4j."""
     from personalization.pipeline import graph
+    from personalization.stores.analytics import analytics_store
 
     from personalization_airflow.stage import stage
-    from personalization_airflow.stores import analytics_store, graph_store, mongo_store
+    from personalization_airflow.stores import graph_store, mongo_store
 
     with (
         stage("build_graph") as s,
@@ -153,9 +157,9 @@ def build_graph(user_page: Ref) -> None:
 def roll_up_engagement(user_pages: list[Ref]) -> None:
     """Set the users' engagement and the campaigns' totals."""
     from personalization.pipeline import engagement
+    from personalization.stores.analytics import analytics_store
 
     from personalization_airflow.stage import stage
-    from personalization_airflow.stores import analytics_store
 
     with stage("roll_up_engagement") as s, analytics_store(s.settings) as analytics:
         engagement.roll_up_engagement(s.report, user_pages, analytics=analytics, settings=s.settings)
@@ -164,9 +168,10 @@ def roll_up_engagement(user_pages: list[Ref]) -> None:
 def refresh_profiles() -> None:
     """Set the users' vectors from those of their messages."""
     from personalization.pipeline import vectors
+    from personalization.stores.analytics import analytics_store
 
     from personalization_airflow.stage import stage
-    from personalization_airflow.stores import analytics_store, mongo_store, vector_store
+    from personalization_airflow.stores import mongo_store, vector_store
 
     with (
         stage("refresh_profiles") as s,
@@ -182,9 +187,10 @@ def refresh_profiles() -> None:
 def learn(user_pages: list[Ref]) -> bool:
     """Draw what is known of the campaigns, and fit the ranker."""
     from personalization.pipeline import learn
+    from personalization.stores.analytics import analytics_store
 
     from personalization_airflow.stage import stage
-    from personalization_airflow.stores import analytics_store, vector_store
+    from personalization_airflow.stores import vector_store
 
     with stage("learn") as s, analytics_store(s.settings) as analytics, vector_store() as vectors:
         return learn.learn(
@@ -202,10 +208,10 @@ def learn(user_pages: list[Ref]) -> bool:
 def publish(user_pages: list[Ref], learned: bool) -> None:
     """Make the run's data what is served."""
     from personalization.pipeline import publish
+    from personalization.stores.analytics import analytics_store
 
     from personalization_airflow.stage import stage
     from personalization_airflow.stores import (
-        analytics_store,
         cache_publisher,
         graph_store,
         mongo_store,
@@ -243,9 +249,10 @@ def evaluate() -> dict[str, Any]:
     from personalization.errors import TooLittleFeedbackError
     from personalization.evaluation.policies import STANDARD
     from personalization.evaluation.recording import Request, evaluate_stores
+    from personalization.stores.analytics import analytics_store
 
     from personalization_airflow.stage import stage
-    from personalization_airflow.stores import analytics_store, vector_store
+    from personalization_airflow.stores import vector_store
 
     params = get_current_context()["params"]
     request = Request(params["task"], params["split_days"], params["weeks"], params["policies"] or STANDARD)
@@ -285,9 +292,9 @@ def record_lineage() -> None:
     from airflow.sdk import get_current_context
     from personalization.pipeline import lineage
     from personalization.staging import Staging
+    from personalization.stores.analytics import analytics_store
 
     from personalization_airflow.stage import run_settings
-    from personalization_airflow.stores import analytics_store
 
     run_id = str(get_current_context()["run_id"])
     settings = run_settings()

@@ -13,6 +13,7 @@ from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 from personalization.encoder import Encoder, Vectors
 from personalization.errors import EmbeddingError
 from personalization.settings import Settings, get_settings
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from services.api.logs import configure_logs
@@ -101,7 +102,7 @@ async def ready(request: Request) -> Ready:
 async def metrics(request: Request) -> Response:
     """For Prometheus."""
     told: Metrics = request.app.state.metrics
-    return Response(told.page(), media_type="text/plain; version=1.0.0; charset=utf-8")
+    return Response(told.page(), media_type=CONTENT_TYPE_LATEST)
 
 
 def create_app(settings: Settings) -> FastAPI:

@@ -1,19 +1,15 @@
 """`DELETE /users/{user_id}` over the real stores."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from conftest import SAMPLE, Stores, empty_settings, free_ports, with_quiet_user
+from conftest import SAMPLE, Stores, api_of, empty_settings, free_ports, with_quiet_user
 from personalization.local.stack import Stack
 from personalization.pipeline.run import run_pipeline
 from personalization.settings import Settings
 from pydantic import SecretStr
-
-from services.api.main import create_app
 
 EVENT = {
     "user_id": "maria",
@@ -39,19 +35,8 @@ def stores(published: Settings) -> Any:
     stores.close()
 
 
-@asynccontextmanager
-async def serve(settings: Settings, **changes: Any) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(settings.model_copy(update=changes))
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://api") as client,
-    ):
-        yield client
-
-
 async def test_an_erased_person_is_a_stranger_from_the_next_answer_on(published: Settings, stores: Stores) -> None:
-    async with serve(published) as api:
+    async with api_of(published) as api:
         for top in (3, 5):
             answer = await api.get("/v1/recommendations/maria", params={"top": top})
             assert answer.json()["strategy"] == "personalized"
@@ -74,7 +59,7 @@ async def test_an_erased_person_is_a_stranger_from_the_next_answer_on(published:
 
 async def test_no_event_of_an_erased_person_is_taken(published: Settings, stores: Stores) -> None:
     event = EVENT | {"user_id": "filmfan82"}
-    async with serve(published) as api:
+    async with api_of(published) as api:
         await api.delete("/v1/users/filmfan82")
 
         refused = await api.post("/v1/events", json=event)
@@ -86,7 +71,9 @@ async def test_no_event_of_an_erased_person_is_taken(published: Settings, stores
 
 async def test_with_a_store_down_it_is_a_202_that_tells_which_and_nothing_internal(published: Settings) -> None:
     [port] = free_ports(1)
-    async with serve(published, neo4j_uri=f"bolt://127.0.0.1:{port}", store_timeout_s=1) as api:
+    async with api_of(
+        published.model_copy(update={"neo4j_uri": f"bolt://127.0.0.1:{port}", "store_timeout_s": 1})
+    ) as api:
         queued = await api.delete("/v1/users/u-1098")
 
     assert queued.status_code == 202
@@ -100,7 +87,7 @@ async def test_with_redis_down_its_cached_answers_count_no_more_once_it_is_back(
 ) -> None:
     [port] = free_ports(1)
     down = SecretStr(f"redis://127.0.0.1:{port}/0")
-    async with serve(published, redis_url=down, store_timeout_s=1) as api:
+    async with api_of(published.model_copy(update={"redis_url": down, "store_timeout_s": 1})) as api:
         queued = await api.delete("/v1/users/quiet")
         transport = api._transport
         assert isinstance(transport, httpx.ASGITransport)
@@ -113,7 +100,7 @@ async def test_with_mongodb_down_it_is_a_503_and_nothing_was_done(published: Set
     [port] = free_ports(1)
     before = stores.sql("SELECT count(*) FROM message_intents WHERE user_id = 'fatima.z'")
     down = SecretStr(f"mongodb://127.0.0.1:{port}/?directConnection=true")
-    async with serve(published, mongodb_uri=down, store_timeout_s=1) as api:
+    async with api_of(published.model_copy(update={"mongodb_uri": down, "store_timeout_s": 1})) as api:
         refused = await api.delete("/v1/users/fatima.z")
 
     assert refused.status_code == 503
@@ -122,11 +109,11 @@ async def test_with_mongodb_down_it_is_a_503_and_nothing_was_done(published: Set
 
 
 async def test_it_needs_a_valid_id_and_the_scope(published: Settings, tmp_path: Path) -> None:
-    async with serve(published) as api:
+    async with api_of(published) as api:
         assert (await api.delete("/v1/users/a%20b")).status_code == 422
         document = (await api.get("/openapi.json")).json()
         operation = document["paths"]["/v1/users/{user_id}"]["delete"]
         assert {"200", "202", "401", "403", "422", "429", "503"} <= set(operation["responses"])
     keys = SecretStr(f"shop:read+write:{'0' * 64}")
-    async with serve(published, api_auth="keys", api_keys=keys) as api:
+    async with api_of(published.model_copy(update={"api_auth": "keys", "api_keys": keys})) as api:
         assert (await api.delete("/v1/users/maria")).status_code == 401

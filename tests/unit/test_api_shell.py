@@ -346,10 +346,11 @@ async def test_a_slow_request_leaves_a_line(lines: list[Any], monkeypatch: pytes
 
 
 def test_the_log_of_platform_server_and_drivers_is_json(capsys: pytest.CaptureFixture[str]) -> None:
-    loggers = [logging.getLogger(name) for name in ("", "uvicorn", "pymilvus")]
+    loggers = [logging.getLogger(name) for name in ("", "uvicorn", "uvicorn.error", "pymilvus")]
     before = [(one, one.handlers, one.propagate, one.level) for one in loggers]
     try:
-        loggers[0].handlers = []
+        for one in loggers:  # Airflow, where another test imported it, has set some
+            one.handlers, one.propagate = [], True
         configure_logs()
         structlog.contextvars.bind_contextvars(request_id="the-request")
         structlog.get_logger("x").warning("told", store="redis")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from personalization.settings import Settings
-from personalization.stores.analytics import AnalyticsStore
+from personalization.stores.analytics import AnalyticsStore, analytics_store
 from personalization.stores.cache import CachePublisher
 from personalization.stores.milvus import VectorStore
 from personalization.stores.mongo import MongoStore
@@ -39,7 +39,7 @@ class Places:
                 mongo=mongo,
                 vectors=lambda: _vectors(settings),
                 graph=lambda: _graph(settings),
-                analytics=lambda: _analytics(settings),
+                analytics=lambda: analytics_store(settings),
                 cache=lambda: _cache(settings),
                 staging_uri=settings.staging_uri,
                 cache_ttl_s=settings.cache_ttl_s,
@@ -58,15 +58,6 @@ def _graph(settings: Settings) -> Iterator[GraphStore]:
     store = GraphStore.from_settings(settings)
     with closing(store.driver):
         yield store
-
-
-@contextmanager
-def _analytics(settings: Settings) -> Iterator[AnalyticsStore]:
-    store = AnalyticsStore.from_settings(settings)
-    try:
-        yield store
-    finally:
-        store.engine.dispose()
 
 
 @contextmanager

@@ -177,7 +177,9 @@ async def imagine(
     both = np.concatenate([vector, vector])  # all they said, and what they talk about
     similar, engaged = await _near([both], [""], now_ms, lookup, missing)
     found = _Found("", both, links, UserFacts(1, [], []), [])
-    [known] = _known([found], similar, engaged, now_ms, served, lookup.half_life_days, frozenset(missing))
+    [known] = await asyncio.to_thread(
+        _known, [found], similar, engaged, now_ms, served, lookup.half_life_days, frozenset(missing)
+    )
     return known
 
 

@@ -36,7 +36,8 @@ _AGAIN_S = 5.0
 """How long knowledge that could not be read anew is not asked for again."""
 _UNSURE_S = 30.0
 """How long knowledge is trusted while Redis cannot say which generation is served."""
-_NOBODY = "-"
+NOBODY = "-"
+"""Stands for a user where a store is asked only to see that it answers."""
 _REFRESHES = 32
 """Old answers that are made anew at a time: those who wait come first."""
 _BATCH = 16
@@ -180,8 +181,8 @@ class Recommender:
         found: dict[int, Answer] = {}
         wanted: dict[int, _Wanted] = {}
         for at, (ask, known) in enumerate(zip(asks, before, strict=True)):
-            if known is not None and known.stored is not None and known.is_fresh:
-                found[at] = Answer(known.stored.body, "hit")
+            if known is not None and (hit := self.fresh(known)) is not None:
+                found[at] = hit
             else:
                 wanted[at] = _wanted(ask, known)
         if wanted:
@@ -189,8 +190,8 @@ class Recommender:
                 made = await self._bounded(self._make_in_turn(list(wanted.values())))
             except StoreError as error:
                 made = [_stand_in(before[at], error) for at in wanted]
-            found.update(zip(wanted, made, strict=True))
-        return [self._told(found[at]) for at in range(len(asks))]
+            found.update(zip(wanted, map(self._told, made), strict=True))
+        return [found[at] for at in range(len(asks))]
 
     async def preview(self, message: str, top: int) -> Preview:
         """What would be shown to a new user who says this.
@@ -256,8 +257,8 @@ class Recommender:
         except StoreError as error:
             log.warning("not warm yet", problem=str(error))
             return
-        [known] = await gather([_NOBODY], _now_ms(), served=served, lookup=self._lookup(patient))
-        decide([known], [Ask(_NOBODY)], _now_ms(), self.settings)
+        [known] = await gather([NOBODY], _now_ms(), served=served, lookup=self._lookup(patient))
+        decide([known], [Ask(NOBODY)], _now_ms(), self.settings)
 
     @property
     def serving(self) -> tuple[int, int] | None:

@@ -1,6 +1,7 @@
 """The analytics database: SQLite in WAL mode, or any database SQLAlchemy speaks to.
 
-Only the pipeline writes. Everything derived is set from `message_intents` and `events`, never incremented.
+Only the pipeline writes, and whoever erases a user. Everything derived is set from `message_intents` and `events`,
+never incremented.
 """
 
 import asyncio
@@ -74,9 +75,9 @@ _IMPRESSIONS_KEPT_S = 365 * 86_400  # as far back as a frequency cap may look
 _IMPRESSIONS_KEPT = 5000
 _EXPRESSED_KEPT = 50
 _CLEANED_UP_S = 5.0
+_MESSAGES, _EVENT, _EXPRESSED = "messages", "event", "expressed"
 
 T = TypeVar("T")
-_MESSAGES, _EVENT, _EXPRESSED = "messages", "event", "expressed"
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -693,6 +694,16 @@ class AnalyticsStore:
     def _fetch(self, query: Select[*tuple[Any, ...]]) -> list[dict[str, Any]]:
         with analytics_errors(), self.engine.connect() as connection:
             return [dict(row) for row in connection.execute(query).mappings()]
+
+
+@contextmanager
+def analytics_store(settings: Settings) -> Iterator[AnalyticsStore]:
+    """The database for a while, closed behind it."""
+    store = AnalyticsStore.from_settings(settings)
+    try:
+        yield store
+    finally:
+        store.engine.dispose()
 
 
 class AsyncAnalyticsReader:

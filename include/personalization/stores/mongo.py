@@ -88,6 +88,16 @@ def mongo_errors() -> Iterator[None]:
         raise StoreError("mongodb", f"does not answer ({type(error).__name__}); is it running?") from error
 
 
+def _client_options(settings: Settings) -> dict[str, Any]:
+    timeout_ms = int(settings.store_timeout_s * 1000)
+    return {
+        "host": settings.mongodb_uri.get_secret_value(),
+        "serverSelectionTimeoutMS": timeout_ms,
+        "connectTimeoutMS": timeout_ms,
+        "tz_aware": True,
+    }
+
+
 class MongoStore:
     """Raw messages (`conversations`) and `events`, refused rows (`quarantine`), published runs (`runs`), and the
     digests of erased users (`erasures`).
@@ -107,15 +117,8 @@ class MongoStore:
     @classmethod
     def from_settings(cls, settings: Settings) -> "MongoStore":
         """Connect lazily, with the timeouts of the settings."""
-        timeout_ms = int(settings.store_timeout_s * 1000)
         with mongo_errors():
-            client: MongoClient[Document] = MongoClient(
-                settings.mongodb_uri.get_secret_value(),
-                serverSelectionTimeoutMS=timeout_ms,
-                connectTimeoutMS=timeout_ms,
-                tz_aware=True,
-                appname="personalization",
-            )
+            client: MongoClient[Document] = MongoClient(**_client_options(settings), appname="personalization")
         return cls(client, settings.mongodb_database)
 
     def ensure_schema(self) -> None:
@@ -299,15 +302,10 @@ class AsyncEventStore:
     @classmethod
     def from_settings(cls, settings: Settings) -> "AsyncEventStore":
         """Connect on first use. The timeout of the settings is that of a whole call."""
-        timeout_ms = int(settings.store_timeout_s * 1000)
+        options = _client_options(settings)
         with mongo_errors():
             client: AsyncMongoClient[Document] = AsyncMongoClient(
-                settings.mongodb_uri.get_secret_value(),
-                serverSelectionTimeoutMS=timeout_ms,
-                connectTimeoutMS=timeout_ms,
-                timeoutMS=timeout_ms,
-                tz_aware=True,
-                appname="personalization-api",
+                **options, timeoutMS=options["connectTimeoutMS"], appname="personalization-api"
             )
         return cls(client, settings.mongodb_database)
 

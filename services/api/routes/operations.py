@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request, Response
 from personalization.errors import StoreError
-from personalization.recommend.service import Recommender
+from personalization.recommend.service import NOBODY, Recommender
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, Field
 from sqlalchemy.pool import QueuePool
@@ -22,7 +22,6 @@ guarded = APIRouter(tags=["operations"], route_class=needs("read"))
 _DEADLINE_S = 2.0
 _BELIEVED_S = 1.0
 """How long an answer of `/ready` stands: anybody may ask, and not each time should every store be asked."""
-_NOBODY = "-"
 _INFORMATIONAL = frozenset({"embedding"})
 """Not needed for a recommendation."""
 
@@ -72,8 +71,8 @@ class Readiness:
         recommender = self._recommender
         probes: dict[str, Callable[[], Awaitable[Any]]] = {
             "redis": recommender.cache.generation,
-            "milvus": lambda: recommender.vectors.user_vectors([_NOBODY]),
-            "neo4j": lambda: recommender.graph.links([_NOBODY]),
+            "milvus": lambda: recommender.vectors.user_vectors([NOBODY]),
+            "neo4j": lambda: recommender.graph.links([NOBODY]),
             "analytics": recommender.analytics.learned_at,
             "mongodb": recommender.events.ping,
             "embedding": recommender.embedder.ping,
