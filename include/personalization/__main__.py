@@ -77,6 +77,24 @@ def erase(user_id: Annotated[str, typer.Argument(help="The user, as named in the
 
 
 @app.command()
+def trace(
+    user_id: Annotated[str, typer.Argument(help="The user, as named in the conversations.")],
+    campaign_id: Annotated[str, typer.Argument(help="A campaign that was recommended.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+) -> None:
+    """Walk from a recommendation back to the user's messages and events, their source rows, and the runs."""
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    from personalization.quality.trace_command import show, to_json, trace_stores
+    from personalization.settings import get_settings
+
+    found = trace_stores(user_id, campaign_id, get_settings())
+    if as_json:
+        typer.echo(to_json(found))
+    else:
+        show(found, console)
+
+
+@app.command()
 def evaluate(
     messages: Annotated[Path, typer.Option(help="Messages: JSON array or NDJSON, plain or gzipped.")],
     events: Annotated[Path, typer.Option(help="Events: CSV, JSON array or NDJSON, plain or gzipped.")],

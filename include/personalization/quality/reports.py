@@ -58,6 +58,10 @@ class StageRun:
     error_type: str | None
     error: str | None
     details: dict[str, Any]
+    bytes_written: int
+    retries: int
+    model: str | None
+    code_version: str | None
 
     @property
     def rows_per_second(self) -> float | None:

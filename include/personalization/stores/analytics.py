@@ -124,6 +124,40 @@ class PipelineRun(Base):
     error_type: Mapped[str | None] = mapped_column(String(128))
     error: Mapped[str | None]
     details: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+    bytes_written: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
+    """Staged files and stored vectors, summed over shards."""
+    retries: Mapped[int] = mapped_column(default=0, server_default="0")
+    """Attempts beyond the first, summed over shards."""
+    model: Mapped[str | None] = mapped_column(String(250))
+    """The embedding model of the run; none where the stage was not run."""
+    code_version: Mapped[str | None] = mapped_column(String(64))
+
+
+class StageAttempt(Base):
+    """Lineage: one row per attempt of each task of a run, those that failed and were retried too."""
+
+    __tablename__ = "stage_attempts"
+
+    run_id: Mapped[str] = mapped_column(String(250), primary_key=True)
+    stage: Mapped[str] = mapped_column(String(64), primary_key=True)
+    shard: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    """Map index; 0 for a task that is not mapped."""
+    attempt: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    status: Mapped[str] = mapped_column(String(16))
+    """`success` or `failed`."""
+    rows_in: Mapped[int] = mapped_column(BigInteger)
+    rows_out: Mapped[int] = mapped_column(BigInteger)
+    rejected: Mapped[int] = mapped_column(BigInteger)
+    skipped: Mapped[int] = mapped_column(BigInteger)
+    bytes_written: Mapped[int] = mapped_column(BigInteger)
+    started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    seconds: Mapped[float]
+    error_type: Mapped[str | None] = mapped_column(String(128))
+    error: Mapped[str | None]
+    """One line, cut short; the whole one is the task's log."""
+    model: Mapped[str | None] = mapped_column(String(250))
+    code_version: Mapped[str | None] = mapped_column(String(64))
 
 
 class MessageIntent(Base):
