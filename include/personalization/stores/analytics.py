@@ -31,6 +31,7 @@ from sqlalchemy import (
     String,
     Subquery,
     Table,
+    and_,
     bindparam,
     case,
     create_engine,
@@ -103,6 +104,10 @@ class PipelineRun(Base):
     """Lineage: one row per (run, stage), over all shards of the stage."""
 
     __tablename__ = "pipeline_runs"
+    __table_args__ = (
+        Index("ix_pipeline_runs_newest", "position", "started_at", "run_id"),
+        Index("ix_pipeline_runs_status", "status", "run_id"),
+    )
 
     run_id: Mapped[str] = mapped_column(String(250), primary_key=True)
     stage: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -189,6 +194,7 @@ class EventRecord(Base):
         Index("ix_events_user_campaign", "user_id", "campaign_id"),
         Index("ix_events_campaign_time", "campaign_id", "timestamp"),
         Index("ix_events_time", "timestamp", "event_id"),
+        Index("ix_events_day", "timestamp", "campaign_id", "event"),
     )
 
     event_id: Mapped[str] = mapped_column(String(128), primary_key=True)
@@ -224,6 +230,12 @@ class CampaignRecord(Base):
     clicks: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
     conversions: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
     dismisses: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
+    shown_to: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
+    """Users who saw it."""
+    clicked_by: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
+    """Those of `shown_to` who clicked."""
+    converted_by: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
+    """Those of `clicked_by` who converted."""
 
 
 class CampaignTarget(Base):
@@ -257,6 +269,19 @@ class UserEngagement(Base):
     last_dismiss_at: Mapped[int | None] = mapped_column(BigInteger)
     weight: Mapped[float] = mapped_column(server_default="0")
     weight_at: Mapped[int | None] = mapped_column(BigInteger)
+
+
+class UserWeek(Base):
+    """One row per (user, week in which they did something): spoke, clicked, converted or dismissed."""
+
+    __tablename__ = "user_weeks"
+    __table_args__ = (Index("ix_user_weeks_cohort", "first_week", "week"),)
+
+    user_id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    week: Mapped[int] = mapped_column(primary_key=True)
+    """Whole weeks since the Monday before the epoch, in UTC."""
+    first_week: Mapped[int]
+    """The user's first of them."""
 
 
 class EvaluationResult(Base):
@@ -300,7 +325,8 @@ class ServingState(Base):
     run_id: Mapped[str] = mapped_column(String(250))
 
 
-_CAMPAIGN_TOTALS = ("users", "messages", "last_at", "impressions", "clicks", "conversions", "dismisses")
+_FUNNEL = ("shown_to", "clicked_by", "converted_by")
+_CAMPAIGN_TOTALS = ("users", "messages", "last_at", "impressions", "clicks", "conversions", "dismisses", *_FUNNEL)
 
 
 class InteractionColumns(TypedDict):
@@ -551,9 +577,9 @@ class AnalyticsStore:
         ]
 
     def roll_up_engagement(self, user_ids: Sequence[str], half_life_days: float) -> int:
-        """Set `user_engagement` of the users, in one transaction; return its rows.
+        """Set `user_engagement` and `user_weeks` of the users, in one transaction; return the rows of the first.
 
-        Reads each of their messages' intents and events once, by user.
+        Reads each of their messages' intents and events twice, by user.
         """
         rows = 0
         with analytics_errors(), self.engine.begin() as connection:
@@ -564,6 +590,9 @@ class AnalyticsStore:
                 insertion = insert(UserEngagement).from_select(names, fresh)
                 # PostgreSQL's count of an insertion is forgotten otherwise.
                 rows += connection.execute(insertion, execution_options={"preserve_rowcount": True}).rowcount
+                connection.execute(delete(UserWeek).where(UserWeek.user_id.in_(chunk)))
+                weeks = ("user_id", "week", "first_week")
+                connection.execute(insert(UserWeek).from_select(weeks, _weeks_query(chunk)))
         return rows
 
     def refresh_campaign_totals(self) -> None:
@@ -571,11 +600,14 @@ class AnalyticsStore:
         sums = {"messages": UserEngagement.count} | {
             name: getattr(UserEngagement, name) for name in ("impressions", "clicks", "conversions", "dismisses")
         }
+        shown, clicked = UserEngagement.impressions > 0, UserEngagement.clicks > 0
+        steps = (shown, and_(shown, clicked), and_(shown, clicked, UserEngagement.conversions > 0))
         totals = (
             select(
                 CampaignRecord.campaign_id,
                 func.count(UserEngagement.weight_at).label("users"),
                 func.max(func.nullif(UserEngagement.last_at, 0)).label("last_at"),
+                *(func.count(case((step, 1))).label(name) for name, step in zip(_FUNNEL, steps, strict=True)),
                 *(func.coalesce(func.sum(column), 0).label(name) for name, column in sums.items()),
             )
             .outerjoin(UserEngagement, UserEngagement.campaign_id == CampaignRecord.campaign_id)
@@ -1012,6 +1044,24 @@ def _engagement_query(user_ids: Sequence[str], half_life_days: float) -> Select[
         _decayed_sum(dated.c.strength, dated.c.weight_at - moment, half_life_days).label("weight"),
         func.max(dated.c.weight_at).label("weight_at"),
     ).group_by(dated.c.user_id, dated.c.campaign_id)
+
+
+def _weeks_query(user_ids: Sequence[str]) -> Select[*tuple[Any, ...]]:
+    """`UserWeek` of the users."""
+    acts = union(
+        select(MessageIntent.user_id, _week(MessageIntent.timestamp).label("week")).where(
+            MessageIntent.user_id.in_(user_ids)
+        ),
+        select(EventRecord.user_id, _week(EventRecord.timestamp)).where(
+            EventRecord.user_id.in_(user_ids), EventRecord.event != "impression"
+        ),
+    ).subquery()
+    return select(acts.c.user_id, acts.c.week, func.min(acts.c.week).over(partition_by=acts.c.user_id))
+
+
+def _week(timestamp: ColumnElement[int]) -> ColumnElement[int]:
+    # The epoch was a Thursday.
+    return (timestamp + 3 * DAY_MS) // (7 * DAY_MS)
 
 
 def _expressed_query(user_ids: Sequence[str], half_life_days: float) -> Select[*tuple[Any, ...]]:
