@@ -46,8 +46,9 @@ evaluate: $(READY) ## Compare rankers on past data, or on MESSAGES= EVENTS= CATA
 	@$(RUN) evaluate $(EVALUATED) $(if $(EVERY),--every "$(EVERY)") $(if $(HORIZON),--horizon "$(HORIZON)") \
 		--output .local/evaluation
 
+# A process a core; those of one file share their stores, and so a process.
 test: $(READY) ## Run all tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile
 
 lint: $(READY) ## Check style, types and spelling
 	$(BIN)/ruff check
