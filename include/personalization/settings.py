@@ -120,6 +120,16 @@ class Settings(BaseSettings):
         default="", description="Origins, by comma, whose pages may ask from a browser, such as https://shop.example."
     )
 
+    # --- the dashboard
+    api_url: str = Field(default="http://127.0.0.1:8000", description="The API, which the dashboard asks about users.")
+    api_key: SecretStr = Field(
+        default=SecretStr(""), description="Key with the scope `read`; empty where the API asks for none."
+    )
+    dashboard_auth: Literal["password", "off"] = Field(
+        default="password", description="off: no password is asked for, and only clients of this machine are served."
+    )
+    dashboard_password: SecretStr = SecretStr("")
+
     @property
     def analytics_database(self) -> URL:
         """SQLAlchemy URL of the analytics database, without a driver for async use."""

@@ -96,6 +96,8 @@ class StackConfig(BaseSettings):
             "NEO4J_PASSWORD": self.secrets["neo4j"],
             "REDIS_URL": f"redis://:{self.secrets['redis']}@{HOST}:{self.redis_port}/0",
             "EMBEDDING_URL": f"http://{HOST}:{self.embedding_port}",
+            "API_URL": f"http://{HOST}:{self.api_port}",
+            "DASHBOARD_AUTH": "off",  # as the API
         }
 
     def settings(self, **changes: object) -> Settings:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import BigInteger, Engine, Executable, Subquery, and_, case, cast, func, inspect, select
+from sqlalchemy import BigInteger, ColumnElement, Engine, Executable, Subquery, and_, case, cast, func, inspect, select
 from sqlalchemy.orm import aliased
 
 from personalization.stores.analytics import (
@@ -36,6 +36,16 @@ class RunSummary:
     skipped: int
     """Unchanged or repeated."""
     rejected: int
+
+
+@dataclass(frozen=True)
+class WantedRuns:
+    """Which runs are asked for."""
+
+    status: Literal["success", "failed"] | None = None
+    """How they ended; None for all."""
+    name: str = ""
+    """Part of the run's id, in any case."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +126,12 @@ class CampaignEngagement:
     clicks: int
     conversions: int
     dismisses: int
+    shown_to: int
+    """Users who saw it."""
+    clicked_by: int
+    """Those of them who clicked."""
+    converted_by: int
+    """Those of these who converted."""
 
     def state(self, now: datetime) -> Literal["upcoming", "active", "ended"]:
         """Where `now` lies in relation to the campaign's active window."""
@@ -251,20 +267,38 @@ def evaluation_history(engine: Engine, task: str, policies: Sequence[str], limit
     return [EvaluationPoint(**row) for row in _rows(engine, query)]
 
 
-def newest_runs(limit: int) -> Subquery:
-    """`run_id` and `run_started_at` of the latest runs, read off the index on `started_at`."""
+def newest_runs(limit: int, offset: int = 0, wanted: WantedRuns | None = None) -> Subquery:
+    """`run_id` and `run_started_at` of the latest runs, read off an index that is in this order."""
     return (
         select(PipelineRun.run_id, PipelineRun.started_at.label("run_started_at"))
-        .where(PipelineRun.position == 0)
+        .where(*_first_stages(wanted))
         .order_by(PipelineRun.started_at.desc(), PipelineRun.run_id.desc())
         .limit(limit)
+        .offset(offset)
         .subquery("newest")
     )
 
 
-def latest_runs(engine: Engine, limit: int) -> list[RunSummary]:
-    """The latest runs, newest first."""
-    newest = newest_runs(limit)
+def _first_stages(wanted: WantedRuns | None) -> list[ColumnElement[bool]]:
+    """What says that a row is the first stage of a run that is wanted."""
+    conditions = [PipelineRun.position == 0]
+    if wanted and wanted.status:
+        failed = PipelineRun.run_id.in_(select(PipelineRun.run_id).where(PipelineRun.status == "failed"))
+        conditions.append(failed if wanted.status == "failed" else ~failed)
+    if wanted and wanted.name:
+        conditions.append(PipelineRun.run_id.icontains(wanted.name, autoescape=True))
+    return conditions
+
+
+def count_runs(engine: Engine, wanted: WantedRuns | None = None) -> int:
+    """How many runs there are."""
+    with analytics_errors(), engine.connect() as connection:
+        return connection.execute(select(func.count()).where(*_first_stages(wanted))).scalar_one()
+
+
+def latest_runs(engine: Engine, limit: int, offset: int = 0, wanted: WantedRuns | None = None) -> list[RunSummary]:
+    """The latest runs, newest first, from the given place on."""
+    newest = newest_runs(limit, offset, wanted)
     failed = PipelineRun.status == "failed"
     query = (
         select(

@@ -6,7 +6,7 @@ never incremented.
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +28,7 @@ from sqlalchemy import (
     LargeBinary,
     Numeric,
     Select,
+    SQLColumnExpression,
     String,
     Subquery,
     Table,
@@ -326,6 +327,7 @@ class ServingState(Base):
 
 
 _FUNNEL = ("shown_to", "clicked_by", "converted_by")
+_LINEAGE = (PipelineRun.__table__, StageAttempt.__table__)
 _CAMPAIGN_TOTALS = ("users", "messages", "last_at", "impressions", "clicks", "conversions", "dismisses", *_FUNNEL)
 
 
@@ -441,7 +443,7 @@ class AnalyticsStore:
     def ensure_schema(self) -> None:
         """Create the tables, columns and indexes that are missing. Safe to repeat and to race.
 
-        After a column was added, the next run derives everything anew.
+        After a column was added to what is derived, the next run derives everything anew.
         """
         with analytics_errors():
             try:
@@ -645,12 +647,21 @@ class AnalyticsStore:
                 rows += [dict(row) for row in connection.execute(newest).mappings()]
         return rows
 
-    def record_runs(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Set the lineage rows of a run, in one transaction."""
+    def record_runs(self, rows: Sequence[dict[str, Any]], attempts: Sequence[dict[str, Any]] = ()) -> None:
+        """Set the lineage rows of a run, and those of its attempts that are named, in one transaction.
+
+        Attempts that were recorded before are kept: those of a run that was cleared. Five statements.
+        """
         run_ids = {row["run_id"] for row in rows}
+        table = StageAttempt.__table__
         with analytics_errors(), self.engine.begin() as connection:
             connection.execute(delete(PipelineRun).where(PipelineRun.run_id.in_(run_ids)))
             connection.execute(insert(PipelineRun), list(rows))
+            known = connection.execute(select(table).where(StageAttempt.run_id.in_(run_ids))).mappings()
+            merged = {_attempt_key(row): dict(row) for row in (*known, *attempts)}
+            connection.execute(delete(StageAttempt).where(StageAttempt.run_id.in_(run_ids)))
+            if merged:
+                connection.execute(insert(StageAttempt), list(merged.values()))
 
     def record_evaluation(self, rows: Sequence[dict[str, Any]]) -> None:
         """Set the rows of an evaluation, in one transaction."""
@@ -1059,7 +1070,7 @@ def _weeks_query(user_ids: Sequence[str]) -> Select[*tuple[Any, ...]]:
     return select(acts.c.user_id, acts.c.week, func.min(acts.c.week).over(partition_by=acts.c.user_id))
 
 
-def _week(timestamp: ColumnElement[int]) -> ColumnElement[int]:
+def _week(timestamp: SQLColumnExpression[int]) -> ColumnElement[int]:
     # The epoch was a Thursday.
     return (timestamp + 3 * DAY_MS) // (7 * DAY_MS)
 
@@ -1108,7 +1119,8 @@ def _complete_schema(engine: Engine) -> None:
             known = {column["name"] for column in inspector.get_columns(table.name)}
             for column in table.columns:
                 if column.name not in known:
-                    _derive_anew(connection)
+                    if table not in _LINEAGE:
+                        _derive_anew(connection)
                     definition = CreateColumn(column).compile(dialect=engine.dialect)
                     connection.execute(text(f"ALTER TABLE {table.name} ADD COLUMN {definition}"))
             for index in table.indexes:
@@ -1118,6 +1130,10 @@ def _complete_schema(engine: Engine) -> None:
 def _derive_anew(connection: Connection) -> None:
     """Make the next run take the catalog for a changed one, so that it refreshes all users."""
     connection.execute(update(ServingState).values(catalog_version=""))
+
+
+def _attempt_key(row: Mapping[str, Any]) -> tuple[str, str, int, int]:
+    return row["run_id"], row["stage"], row["shard"], row["attempt"]
 
 
 def _chunks(ids: Sequence[str]) -> Iterator[Sequence[str]]:

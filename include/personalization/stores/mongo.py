@@ -295,6 +295,56 @@ class MongoStore:
                 collection.bulk_write(operations, ordered=False)
 
 
+class MongoReader:
+    """What the dashboard shows of messages and refused rows. It only reads; each call is bounded and has a limit of
+    time.
+    """
+
+    def __init__(self, client: MongoClient[Document], database: str) -> None:
+        self.client = client
+        db = client.get_database(database)
+        self._conversations = db["conversations"]
+        self._quarantine = db["quarantine"]
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> "MongoReader":
+        """Connect on first use. The timeout of the settings is that of a whole call."""
+        options = _client_options(settings)
+        with mongo_errors():
+            client: MongoClient[Document] = MongoClient(
+                **options, timeoutMS=options["connectTimeoutMS"], appname="personalization-dashboard"
+            )
+        return cls(client, settings.mongodb_database)
+
+    def messages_of(self, user_id: str, limit: int, before: datetime | None = None) -> list[Document]:
+        """The user's newest messages before that moment, newest first: off the index on user and time."""
+        query: Document = {"user_id": user_id}
+        if before is not None:
+            query["timestamp"] = {"$lt": before}
+        with mongo_errors():
+            return list(self._conversations.find(query).sort([("user_id", 1), ("timestamp", -1)]).limit(limit))
+
+    def refused_rows(self, run_id: str, limit: int, offset: int = 0) -> list[Document]:
+        """Rows that the run was the last to refuse, in the order of their ids: off the index on the run."""
+        with mongo_errors():
+            return list(self._quarantine.find({"run_id": run_id}).sort("_id", 1).skip(offset).limit(limit))
+
+    def refusal_reasons(self, run_id: str, rows: int, limit: int) -> list[Document]:
+        """`{_id: reason, rows, file, row, raw}` with the first row of each reason, most frequent first, over so many
+        of the rows that the run was the last to refuse.
+        """
+        first = {name: {"$first": f"${name}"} for name in ("file", "row", "raw")}
+        stages: list[Document] = [
+            {"$match": {"run_id": run_id}},
+            {"$limit": rows},
+            {"$group": {"_id": "$reason", "rows": {"$sum": 1}, **first}},
+            {"$sort": {"rows": -1, "_id": 1}},
+            {"$limit": limit},
+        ]
+        with mongo_errors():
+            return list(self._quarantine.aggregate(stages))
+
+
 class AsyncEventStore:
     """The API's side: takes events, and reads those that no run may have rolled up yet."""
 
