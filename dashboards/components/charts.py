@@ -80,6 +80,28 @@ def run(stages: Sequence[StageRun]) -> go.Figure:
     return _finished(figure, height=90 + _BAR_HEIGHT * len(stages), top=60)
 
 
+def comparison(stages: Sequence[StageRun], others: Sequence[StageRun]) -> go.Figure:
+    """Work time of each stage in two runs."""
+    figure = go.Figure()
+    for name, color, pattern, some in (("this run", BLUE, "", stages), ("the other", GREY, "/", others)):
+        figure.add_bar(
+            y=[one.stage for one in some],
+            x=[one.seconds for one in some],
+            name=name,
+            orientation="h",
+            marker_color=color,
+            marker_pattern={**_HATCH, "shape": pattern},
+            text=[text.duration(one.seconds) for one in some],
+            textposition="outside",
+            cliponaxis=False,
+            hovertemplate="%{y}: %{x:.2f} s in %{fullData.name}<extra></extra>",
+        )
+    longest = max(one.seconds for one in (*stages, *others))
+    figure.update_xaxes(title="seconds of work", range=[0, longest * 1.15 or 1])
+    figure.update_yaxes(autorange="reversed")
+    return _finished(figure, height=110 + 2 * _BAR_HEIGHT * len(stages), top=40)
+
+
 def rows_by_run(runs: Sequence[RunSummary]) -> go.Figure:
     """What became of the rows that each run read."""
     figure = go.Figure()
