@@ -2,10 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import date, datetime, timedelta
+from textwrap import shorten
+from typing import Any, get_args
 
 import plotly.graph_objects as go
 from personalization.quality.anomalies import Anomaly
+from personalization.quality.engagement import CohortWeek, DayOfEvents, share
 from personalization.quality.reports import (
     SHIPPED,
     CampaignEngagement,
@@ -17,6 +20,7 @@ from personalization.quality.reports import (
     StageRun,
     StageTiming,
 )
+from personalization.schemas import Source
 from plotly.subplots import make_subplots
 
 from components import text
@@ -27,6 +31,12 @@ VERMILION, GREY = "#D55E00", "#8A8F98"
 _HATCH = {"fillmode": "overlay", "size": 6, "fgcolor": "rgba(255,255,255,0.75)"}
 _RUN_TICKS = 8
 _BAR_HEIGHT = 26
+_LABEL_CHARS = 26
+_DAYS_WITH_MARKERS = 90
+_SOURCES = (
+    *((color, "") for color in (BLUE, ORANGE, GREEN, PURPLE, SKY)),
+    *((color, "/") for color in (VERMILION, BLUE, ORANGE, GREEN)),
+)
 
 
 def run(stages: Sequence[StageRun]) -> go.Figure:
@@ -225,6 +235,104 @@ def campaigns(shown: Sequence[CampaignEngagement], now: datetime) -> go.Figure:
     return _finished(figure, height=90 + _BAR_HEIGHT * len(shown))
 
 
+def events_by_day(events: Sequence[DayOfEvents], first: date, last: date) -> go.Figure:
+    """What was shown each day, and below it what users did; a day without events is 0."""
+    days = [first + timedelta(days=at) for at in range((last - first).days + 1)]
+    counts = {(one.day, one.event): one.count for one in events}
+    figure = make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.08, row_heights=[0.4, 0.6])
+    figure.add_bar(
+        x=days,
+        y=[counts.get((day, "impression"), 0) for day in days],
+        name="impressions",
+        marker_color=GREY,
+        hovertemplate="%{x|%d %b %Y}: %{y:,} impressions<extra></extra>",
+    )
+    for event, color, symbol in (
+        ("click", BLUE, "circle"),
+        ("conversion", GREEN, "diamond"),
+        ("dismiss", VERMILION, "x"),
+    ):
+        figure.add_scatter(
+            x=days,
+            y=[counts.get((day, event), 0) for day in days],
+            name={"dismiss": "dismissals"}.get(event, f"{event}s"),
+            mode="lines+markers" if len(days) <= _DAYS_WITH_MARKERS else "lines",
+            line={"color": color, "dash": {"conversion": "dash", "dismiss": "dot"}.get(event, "solid")},
+            marker={"symbol": symbol, "size": 7},
+            hovertemplate="%{x|%d %b %Y}: %{y:,} %{fullData.name}<extra></extra>",
+            row=2,
+            col=1,
+        )
+    figure.update_yaxes(rangemode="tozero")
+    return _finished(figure, height=360)
+
+
+def funnel(shown: Sequence[CampaignEngagement]) -> go.Figure:
+    """Of the users who saw each campaign those who clicked, and of these those who converted, with intervals."""
+    figure = _beside("Clicked, of those who saw it", "Converted, of those who clicked")
+    for column, color, symbol, steps in (
+        (1, BLUE, "circle", [(one.clicked_by, one.shown_to) for one in shown]),
+        (2, GREEN, "diamond", [(one.converted_by, one.clicked_by) for one in shown]),
+    ):
+        found = [(one.name, part) for one, step in zip(shown, steps, strict=True) if (part := share(*step))]
+        figure.add_scatter(
+            y=[_short(name) for name, _ in found],
+            x=[part.mean for _, part in found],
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": [part.high - part.mean for _, part in found],
+                "arrayminus": [part.mean - part.low for _, part in found],
+            },
+            mode="markers",
+            marker={"color": color, "symbol": symbol, "size": 10},
+            customdata=[[part.have, part.of, part.low, part.high] for _, part in found],
+            hovertemplate="%{y}: %{x:.1%} (%{customdata[2]:.1%} … %{customdata[3]:.1%}), "
+            "%{customdata[0]:,} of %{customdata[1]:,} users<extra></extra>",
+            showlegend=False,
+            row=1,
+            col=column,
+        )
+    figure.update_xaxes(tickformat=".0%", rangemode="tozero")
+    names = [_short(one.name) for one in shown]
+    figure.update_yaxes(categoryorder="array", categoryarray=names, autorange="reversed", type="category")
+    return _finished(figure, height=90 + _BAR_HEIGHT * len(names), top=40)
+
+
+def cohorts(weeks: Sequence[CohortWeek]) -> go.Figure:
+    """Share of the users of each first week who were active so many weeks later."""
+    firsts = sorted({one.first_week for one in weeks})
+    of = {one.first_week: one.of for one in weeks}
+    shares = {(one.first_week, one.weeks_later): one.share for one in weeks}
+    latest = max(one.weeks_later for one in weeks)
+    now = max(one.first_week + timedelta(weeks=one.weeks_later) for one in weeks)
+    # A week in which nobody came back is 0; one that is still to come is nothing.
+    cells = [
+        [
+            shares.get((first, later), 0.0) if later and first + timedelta(weeks=later) <= now else None
+            for later in range(1, latest + 1)
+        ]
+        for first in firsts
+    ]
+    figure = go.Figure()
+    figure.add_heatmap(
+        x=[f"+{later}" for later in range(1, latest + 1)],
+        y=[f"{first:%d %b} · {of[first]:,} new" for first in firsts],
+        z=cells,
+        texttemplate="%{z:.0%}",
+        colorscale="Cividis",
+        zmin=0,
+        xgap=2,
+        ygap=2,
+        showscale=False,
+        hoverongaps=False,
+        hovertemplate="%{y}, %{x} weeks: %{z:.1%} active<extra></extra>",
+    )
+    figure.update_xaxes(title="weeks later", type="category")
+    figure.update_yaxes(autorange="reversed", type="category")
+    return _finished(figure, height=90 + _BAR_HEIGHT * len(firsts))
+
+
 def categories(shown: Sequence[CategoryEngagement]) -> go.Figure:
     """Messages that speak to the campaigns of each category."""
     return _ranking([one.category for one in shown], [one.messages for one in shown], [one.last_at for one in shown])
@@ -276,6 +384,108 @@ def evaluations(points: Sequence[EvaluationPoint]) -> go.Figure:
         )
     figure.update_yaxes(title="NDCG@10", rangemode="tozero")
     return _finished(figure, height=320)
+
+
+def reasons(recommendations: Sequence[dict[str, Any]]) -> go.Figure:
+    """How much each source speaks for each recommended campaign, as the API explains it."""
+    figure = go.Figure()
+    names = [f"{one['position']}. {_short(one['name'])}" for one in recommendations]
+    for at, source in enumerate(get_args(Source)):
+        shares = [
+            sum(reason["share"] for reason in one["reasons"] if reason["source"] == source) for one in recommendations
+        ]
+        if any(shares):
+            color, pattern = _SOURCES[at]
+            figure.add_bar(
+                y=names,
+                x=shares,
+                name=source.replace("_", " "),
+                orientation="h",
+                marker_color=color,
+                marker_pattern={**_HATCH, "shape": pattern},
+                hovertemplate="%{y}: %{x:.2f} by %{fullData.name}<extra></extra>",
+            )
+    figure.update_layout(barmode="stack", xaxis_title="score")
+    figure.update_yaxes(autorange="reversed", type="category")
+    figure = _finished(figure, height=130 + 34 * len(names), top=60)
+    return figure.update_layout(legend={"x": 0, "xanchor": "left"})
+
+
+def neighbourhood(
+    user_id: str,
+    intents: Sequence[dict[str, Any]],
+    campaigns: Sequence[dict[str, Any]],
+    similar: Sequence[dict[str, Any]],
+    targets: Sequence[tuple[str, str]],
+) -> go.Figure:
+    """Similar users, the user, intents and campaigns from left to right, joined by what the graph knows.
+
+    `intents`, `campaigns` and `similar` are of the API's profile and similar users; `targets` are (campaign, intent).
+    """
+    columns = (
+        ("similar user", "circle", GREY, [(f"s {one['user_id']}", one["user_id"]) for one in similar]),
+        ("the user", "star", VERMILION, [("user", user_id)]),
+        ("intent", "diamond", GREEN, [(f"i {one['intent_id']}", one["name"] or one["intent_id"]) for one in intents]),
+        (
+            "campaign",
+            "square",
+            BLUE,
+            [(f"c {one['campaign_id']}", one["name"] or one["campaign_id"]) for one in campaigns],
+        ),
+    )
+    places = {
+        key: (x, -(at - (len(nodes) - 1) / 2) / max(len(nodes), 1))
+        for x, (_, _, _, nodes) in enumerate(columns)
+        for at, (key, _) in enumerate(nodes)
+    }
+    edges = [
+        *(("user", f"s {one['user_id']}", "is similar to", one["similarity"], "dot") for one in similar),
+        *(("user", f"i {one['intent_id']}", "expressed", one["weight"], "solid") for one in intents),
+        *(("user", f"c {one['campaign_id']}", "engaged with", one["weight"], "dash") for one in campaigns),
+        *((f"i {intent}", f"c {campaign}", "targeted by", 0.0, "dot") for campaign, intent in targets),
+    ]
+    figure = go.Figure()
+    named: set[str] = set()
+    heaviest = max((weight for *_, weight, _ in edges), default=0.0) or 1.0
+    for start, end, name, weight, dash in edges:
+        if start in places and end in places:
+            (x0, y0), (x1, y1) = places[start], places[end]
+            # Over a column between them the line bends around what is there.
+            middle = (y0 + y1) / 2 + (0.6 if x1 - x0 > 1 else 0)
+            figure.add_scatter(
+                x=[x0, (x0 + x1) / 2, x1],
+                y=[y0, middle, y1],
+                mode="lines",
+                line={"shape": "spline", "width": 1 + 4 * weight / heaviest, "color": GREY, "dash": dash},
+                opacity=0.7,
+                hoverinfo="skip",
+                name=name,
+                legendgroup=name,
+                showlegend=name not in named,
+            )
+            named.add(name)
+    for x, (kind, symbol, color, nodes) in enumerate(columns):
+        figure.add_scatter(
+            x=[x] * len(nodes),
+            y=[places[key][1] for key, _ in nodes],
+            mode="markers+text",
+            text=[_short(label) for _, label in nodes],
+            textposition="top center",
+            cliponaxis=False,
+            marker={"symbol": symbol, "color": color, "size": 18 if x == 1 else 14},
+            hovertext=[f"{kind} {label}" for _, label in nodes],
+            hoverinfo="text",
+            name=kind,
+        )
+    figure.update_xaxes(visible=False, range=[-0.4, 3.5])
+    figure.update_yaxes(visible=False)
+    most = max(len(nodes) for *_, nodes in columns)
+    figure = _finished(figure, height=160 + 48 * most, top=70)
+    return figure.update_layout(legend={"x": 0, "xanchor": "left"})
+
+
+def _short(label: str) -> str:
+    return shorten(label, _LABEL_CHARS, placeholder="…") if " " in label else label[:_LABEL_CHARS]
 
 
 def _beside(*titles: str) -> go.Figure:

@@ -5,6 +5,9 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import streamlit as st
 
+MARKDOWN = str.maketrans({mark: f"\\{mark}" for mark in r"\`*_{}[]()#+-.!|<>$~:"})
+"""Takes from text what Markdown would read into it."""
+
 
 def zone() -> tzinfo:
     """The viewer's zone, or UTC where the browser names none that is known here."""
