@@ -15,7 +15,7 @@ Nothing to do is a success. May run beside the pipeline, and be repeated.
 from datetime import datetime, timedelta
 
 from airflow.sdk import dag, task
-from personalization_airflow import tasks
+from personalization_airflow import notifications, tasks
 
 DEFAULT_ARGS = {
     "owner": "personalization",
@@ -24,6 +24,7 @@ DEFAULT_ARGS = {
     "retry_exponential_backoff": True,
     "max_retry_delay": timedelta(minutes=10),
     "execution_timeout": timedelta(minutes=30),
+    "on_failure_callback": notifications.of_failure,
 }
 
 

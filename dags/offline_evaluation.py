@@ -17,7 +17,7 @@ sets its rows anew.
 from datetime import datetime, timedelta
 
 from airflow.sdk import Param, dag, task
-from personalization_airflow import tasks
+from personalization_airflow import assets, notifications, tasks
 
 DEFAULT_ARGS = {
     "owner": "personalization",
@@ -26,7 +26,10 @@ DEFAULT_ARGS = {
     "retry_exponential_backoff": True,
     "max_retry_delay": timedelta(minutes=10),
     "execution_timeout": timedelta(hours=2),
+    "on_failure_callback": notifications.of_failure,
+    "map_index_template": "{{ summary }}",
 }
+FLOW = {"inlets": [assets.SERVING], "outlets": [assets.EVALUATION]}
 
 PARAMS = {
     "task": Param(
@@ -73,7 +76,7 @@ PARAMS = {
     doc_md=__doc__,
 )
 def offline_evaluation() -> None:
-    task(tasks.evaluate)()
+    task(tasks.evaluate, **FLOW)()
 
 
 offline_evaluation()

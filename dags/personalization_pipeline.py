@@ -12,15 +12,19 @@ database, and publishes what the API serves.
 
 Every task may be retried, cleared or run twice: all writes are upserts by stable ids, and messages and
 events count as done only when `publish` has succeeded. Rows that cannot be taken are in MongoDB's
-collection `quarantine` with their reason; what each stage did is in the table `pipeline_runs`,
-whatever happened.
+collection `quarantine` with their reason; what each stage did is in the table `pipeline_runs`, each attempt
+in `stage_attempts`, whatever happened. The run's note sums it up, and *Map Index* in its list of task instances
+says it of each task. Who is told of a failed task, or of a run that is not done four hours after it was queued,
+is in the connections `personalization_mail` and `personalization_webhook`.
 """
 
 from datetime import datetime, timedelta
 
 from airflow.providers.standard.operators.empty import EmptyOperator
 from airflow.sdk import Param, TriggerRule, dag, task
-from personalization_airflow import tasks
+from airflow.sdk.definitions.callback import SyncCallback
+from airflow.sdk.definitions.deadline import DeadlineAlert, DeadlineReference
+from personalization_airflow import assets, notifications, tasks
 
 DEFAULT_ARGS = {
     "owner": "personalization",
@@ -29,11 +33,18 @@ DEFAULT_ARGS = {
     "retry_exponential_backoff": True,
     "max_retry_delay": timedelta(minutes=10),
     "execution_timeout": timedelta(minutes=30),
+    "on_failure_callback": notifications.of_failure,
+    "map_index_template": "{{ summary }}",  # such as `9,900 in, 100 rejected`
 }
 EMBEDDING = {"pool": "embedding", "execution_timeout": timedelta(hours=2)}
 WHOLE_FILES = {"execution_timeout": timedelta(hours=6)}
 MAPPED = {"max_active_tis_per_dagrun": 4}
 EVEN_IF_NOTHING_NEW = {"trigger_rule": TriggerRule.NONE_FAILED}
+# The flow of data as Airflow draws it.
+MESSAGES_OUT = {"outlets": [assets.MESSAGES]}
+EVENTS_OUT = {"outlets": [assets.EVENTS]}
+BOTH_IN = {"inlets": [assets.MESSAGES, assets.EVENTS]}
+SERVING_OUT = {"outlets": [assets.SERVING]}
 
 PARAMS = {
     "input_path": Param(
@@ -81,24 +92,29 @@ PARAMS = {
     max_active_runs=1,
     default_args=DEFAULT_ARGS,
     params=PARAMS,
+    deadline=DeadlineAlert(
+        reference=DeadlineReference.DAGRUN_QUEUED_AT,
+        interval=timedelta(hours=4),
+        callback=SyncCallback(notifications.of_deadline),
+    ),
     tags=["personalization", "ingest", "recommendations"],
     doc_md=__doc__,
 )
 def personalization_pipeline() -> None:
     prepared = task(tasks.prepare)()
     named = ("{{ params.input_path or '' }}", "{{ params.events_path or '' }}")
-    shards = task(tasks.ingest, **WHOLE_FILES)(*named)
-    events = task(tasks.ingest_events, **WHOLE_FILES)(*named)
+    shards = task(tasks.ingest, **WHOLE_FILES, **MESSAGES_OUT)(*named)
+    events = task(tasks.ingest_events, **WHOLE_FILES, **EVENTS_OUT)(*named)
     utterances = task(tasks.embed_catalog, **EMBEDDING)()
 
     embedded = task(tasks.embed, **EMBEDDING, **MAPPED).expand(shard=shards)
     upserted = task(tasks.upsert_vectors, **MAPPED).expand(shard=embedded)
-    user_pages = task(tasks.detect_intents, **EVEN_IF_NOTHING_NEW)(embedded, utterances)
+    user_pages = task(tasks.detect_intents, **EVEN_IF_NOTHING_NEW, **BOTH_IN)(embedded, utterances)
     graph = task(tasks.build_graph, **MAPPED).expand(user_page=user_pages)
     engagement = task(tasks.roll_up_engagement)(user_pages)
     profiles = task(tasks.refresh_profiles, **EVEN_IF_NOTHING_NEW)()
     learned = task(tasks.learn, **EVEN_IF_NOTHING_NEW)(user_pages)
-    published = task(tasks.publish, **EVEN_IF_NOTHING_NEW)(user_pages, learned)
+    published = task(tasks.publish, **EVEN_IF_NOTHING_NEW, **SERVING_OUT)(user_pages, learned)
     lineage = task(tasks.record_lineage)().as_teardown(on_failure_fail_dagrun=True)
 
     prepared >> [utterances, embedded, events]

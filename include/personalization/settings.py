@@ -100,6 +100,12 @@ class Settings(BaseSettings):
     experiment_ranker: Literal["", "auto", "fusion", "similar_users"] = ""
     experiment_share: float = Field(default=0.1, ge=0, le=1, description="Share of users who get EXPERIMENT_RANKER.")
 
+    # --- what people see of it
+    dashboard_url: str = Field(
+        default="http://127.0.0.1:8501", description="Where people reach the dashboard, which Airflow's UI links to."
+    )
+    code_commit: str = Field(default="", description="The commit that is run, which lineage keeps with the version.")
+
     # --- the API's surface
     api_auth: Literal["keys", "off"] = Field(
         default="keys", description="off: no key is asked for, and only clients of this machine are served."

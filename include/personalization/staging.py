@@ -38,12 +38,14 @@ class Staging:
     def __init__(self, base_uri: str, run_id: str) -> None:
         self.base = UPath(base_uri).absolute()
         self.root = self.base / _folder_name(run_id)
+        self.bytes_written = 0
 
     def write(self, name: str, table: pa.Table) -> Ref:
         """Write `table` as `name` and return its reference. A rewrite replaces the file at once."""
         content = _as_parquet(table)
         path = self.root / name
         write_atomically(path, content)
+        self.bytes_written += len(content)
         return Ref(uri=str(path), rows=table.num_rows, sha256=_digest(content))
 
     def find(self, name: str) -> Ref | None:

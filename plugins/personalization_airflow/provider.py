@@ -1,4 +1,6 @@
-"""Tells Airflow of the `milvus` connection type, so that the UI offers its form."""
+"""Tells Airflow of the `milvus` connection type, so that the UI offers its form, and how OpenLineage names the stores'
+datasets.
+"""
 
 from typing import Any
 
@@ -31,6 +33,13 @@ def get_provider_info() -> dict[str, Any]:
                         "schema": {"type": ["number", "null"], "default": 10},
                     },
                 },
+            }
+        ],
+        "asset-uris": [
+            {
+                "schemes": ["milvus", "neo4j", "redis", "sqlite", "postgresql"],
+                "handler": None,
+                "to_openlineage_converter": "personalization_airflow.datasets.to_openlineage",
             }
         ],
     }

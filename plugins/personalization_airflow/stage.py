@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from airflow.sdk import get_current_context
 from airflow.sdk.exceptions import AirflowFailException
@@ -13,6 +14,8 @@ from personalization.schemas import Catalog
 from personalization.settings import Settings, get_settings
 from personalization.staging import Staging, write_atomically
 from personalization.stores.milvus import VectorSpace
+
+from personalization_airflow.datasets import tell_datasets
 
 _CATALOG = "catalog.json"
 
@@ -51,13 +54,26 @@ def stage(name: str) -> Iterator[Stage]:
     context = get_current_context()
     instance = context["ti"]
     settings = run_settings()
-    staging = Staging(settings.staging_uri, str(context["run_id"]))
+    run_id = str(context["run_id"])
+    staging = Staging(settings.staging_uri, run_id)
     shard = max(instance.map_index or 0, 0)
     try:
-        with reported(staging, str(context["run_id"]), name, shard=shard, attempt=instance.try_number) as report:
-            yield Stage(report, staging, settings)
+        with reported(staging, run_id, name, shard=shard, attempt=instance.try_number, settings=settings) as report:
+            tell_datasets(name, settings)
+            try:
+                yield Stage(report, staging, settings)
+            finally:
+                # Rendered by the task's `map_index_template`.
+                context["summary"] = report.summary  # type: ignore[typeddict-unknown-key]
     except (InputError, CatalogError) as error:
         raise AirflowFailException(str(error)) from error
+
+
+def failed_tasks(context: Any) -> list[tuple[str, int]]:
+    """The run's tasks that Airflow knows to have failed, by stage and shard. One request."""
+    instance, dag_run = context["ti"], context["dag_run"]
+    ended = instance.get_task_breadcrumbs(dag_run.dag_id, dag_run.run_id)
+    return [(one["task_id"], max(one["map_index"], 0)) for one in ended if one["state"] == "failed"]
 
 
 def run_settings() -> Settings:

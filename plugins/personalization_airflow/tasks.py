@@ -207,9 +207,11 @@ def learn(user_pages: list[Ref]) -> bool:
 
 def publish(user_pages: list[Ref], learned: bool) -> None:
     """Make the run's data what is served."""
+    from airflow.sdk import get_current_context
     from personalization.pipeline import publish
     from personalization.stores.analytics import analytics_store
 
+    from personalization_airflow import assets
     from personalization_airflow.stage import stage
     from personalization_airflow.stores import (
         cache_publisher,
@@ -240,6 +242,7 @@ def publish(user_pages: list[Ref], learned: bool) -> None:
             staging=s.staging,
             settings=s.settings,
         )
+        get_current_context()["outlet_events"][assets.SERVING].extra = dict(s.report.details)
 
 
 def evaluate() -> dict[str, Any]:
@@ -287,16 +290,46 @@ def sweep_erasures() -> dict[str, int]:
     return {"open": len(receipts), "settled": sum(one.settled_at is not None for one in receipts)}
 
 
-def record_lineage() -> None:
-    """Write a row for every stage to `pipeline_runs`, whatever became of the run."""
-    from airflow.sdk import get_current_context
-    from personalization.pipeline import lineage
-    from personalization.staging import Staging
+def watch_api() -> dict[str, int]:
+    """Keep what the API's counters rose by; return the requests since the last time, and what was odd today."""
+    from datetime import UTC, datetime
+
+    from personalization.errors import StoreError
+    from personalization.quality import scrape, traffic
     from personalization.stores.analytics import analytics_store
 
     from personalization_airflow.stage import run_settings
 
-    run_id = str(get_current_context()["run_id"])
+    settings = run_settings()
+    now = datetime.now(UTC)
+    with analytics_store(settings) as analytics:
+        try:
+            reading = scrape.read_api(settings)
+        except StoreError as error:
+            traffic.record_silence(analytics, now, str(error))
+            raise
+        requests = scrape.keep(analytics, reading, now)
+        return {"requests": requests, "anomalies": len(traffic.record_bursts(analytics, now))}
+
+
+def record_lineage() -> str:
+    """Write what every stage and attempt did to the analytics database, whatever became of the run; sum it up."""
+    from airflow.sdk import get_current_context
+    from personalization.pipeline import lineage
+    from personalization.quality import anomalies
+    from personalization.staging import Staging
+    from personalization.stores.analytics import analytics_store
+
+    from personalization_airflow.stage import failed_tasks, run_settings
+
+    context = get_current_context()
+    run_id = str(context["run_id"])
     settings = run_settings()
     with analytics_store(settings) as analytics:
-        lineage.record_lineage(run_id, Staging(settings.staging_uri, run_id), analytics)
+        rows = lineage.record_lineage(
+            run_id, Staging(settings.staging_uri, run_id), analytics, failed_tasks=failed_tasks(context)
+        )
+        anomalies.record_anomalies(analytics, [run_id])
+    summary = lineage.run_summary(rows)
+    context["summary"] = summary  # type: ignore[typeddict-unknown-key]
+    return summary

@@ -34,7 +34,7 @@ PUBLISHED = {"airflow-api-server", "api", "dashboard"}
 
 # What the images of others read.
 FOREIGN_VARIABLES = {
-    "mongodb": r"MONGO_INITDB_ROOT_(USERNAME|PASSWORD)",
+    "mongodb": r"MONGO_INITDB_ROOT_(USERNAME|PASSWORD)|MONGODB_READER_PASSWORD",  # the last is its first start's
     "neo4j": r"NEO4J_(AUTH|server_memory_\w+|dbms_\w+)",
     "redis": r"REDISCLI_AUTH",
     "milvus": r"ETCD_ENDPOINTS|MINIO_(ADDRESS|ACCESS_KEY_ID|SECRET_ACCESS_KEY)|MQ_TYPE|COMMON_SECURITY_\w+",
@@ -46,8 +46,8 @@ FOREIGN_VARIABLES = {
     "airflow-scheduler": r"HF_HOME|AIRFLOW_CONN_(MONGO|NEO4J|REDIS|MILVUS)_DEFAULT",
 }
 SETTINGS = {name.upper(): field for name, field in Settings.model_fields.items()}
-# Airflow takes the stores' addresses as connections; the databases keep their names.
-NOT_FOR_COMPOSE = {"MONGODB_DATABASE", "NEO4J_DATABASE", "ANALYTICS_URL"}
+# Airflow takes the stores' addresses as connections; the databases keep their names. The commit is the image's own.
+NOT_FOR_COMPOSE = {"MONGODB_DATABASE", "NEO4J_DATABASE", "ANALYTICS_URL", "CODE_COMMIT"}
 
 _PLACEHOLDER = re.compile(r"(?<!\$)\$\{(?P<name>\w+)(?::(?P<how>[-?])(?P<what>[^}]*))?\}")
 
@@ -279,7 +279,7 @@ class TestEnvironment:
             assert shown == default, name
 
     def test_filling_it_in_does_not_change_what_the_embedded_stack_reads(self):
-        assert required() & set(SETTINGS) == {"API_KEYS"}  # it asks for none
+        assert required() & set(SETTINGS) == {"API_KEYS", "DASHBOARD_PASSWORD"}  # it asks for none
 
     def test_the_commands_of_env_example_fill_it_in(self, tmp_path: Path):
         bash, _ = tool("bash"), tool("openssl")
@@ -294,15 +294,17 @@ class TestEnvironment:
         assert len(set(filled.values())) == len(filled)
         assert re.fullmatch(r"[\w-]{43}=", filled.pop("AIRFLOW_FERNET_KEY"))
         [secret] = re.findall(r"shown this once: (\S+)", done.stdout)
-        [key] = parse_keys(filled.pop("API_KEYS"))
+        key, of_dashboard = parse_keys(filled.pop("API_KEYS"))
         assert key.digest == key_digest(secret.encode())
+        assert of_dashboard.digest == key_digest(filled.pop("DASHBOARD_API_KEY").encode())
+        assert of_dashboard.scopes == {"read"}
         assert all(re.fullmatch(r"[0-9a-f]{48,}", value) for value in filled.values())
 
     @pytest.mark.parametrize("service", SERVICES)
     def test_every_secret_comes_from_env(self, service: str):
         for name, value in environment(service).items():
             secret = re.search(r'://[^/@:]*:([^@]*)@|"password": "([^"]*)"', value)
-            if name != "API_AUTH" and (re.search(r"(PASSWORD|SECRET|TOKEN|_KEYS?|AUTH)$", name) or secret):
+            if name not in ("API_AUTH", "DASHBOARD_AUTH") and (re.search(r"(PASSWORD|SECRET|TOKEN|_KEYS?|AUTH)$", name) or secret):
                 asked = secret[1] or secret[2] if secret else re.sub(r"^(root:|neo4j/)", "", value)
                 match = _PLACEHOLDER.fullmatch(asked)
                 assert match, name

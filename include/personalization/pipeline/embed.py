@@ -11,6 +11,7 @@ from personalization.encoder import Vectors, get_encoder
 from personalization.pipeline.lineage import StageReport
 from personalization.schemas import Catalog, Ref
 from personalization.settings import Settings
+from personalization.sketches import sketch
 from personalization.staging import SHARED_FOLDER, Staging, read
 
 
@@ -30,6 +31,9 @@ def embed(report: StageReport, shard: Ref, *, staging: Staging, settings: Settin
         "device": encoder.device,
         "dtype": encoder.dtype_name,
     }
+    # Of the first shard, whose details stand for the stage; `quality` compares runs by it.
+    if report.shard == 0 and (summary := sketch(vectors)) is not None:
+        report.details["sketch"] = summary.to_details()
     embedded = messages.drop_columns("text").append_column("embedding", _as_column(vectors))
     return staging.write(f"embedded/{Path(shard['uri']).name}", embedded)
 
@@ -91,7 +95,9 @@ def _embed_once(
         vectors = encoder.encode([text for _, text in texts])
     ids = pa.array([one for one, _ in texts], pa.string())
     report.rows_out += len(texts)
-    return shared.write(name, pa.table({column: ids, "embedding": _as_column(vectors)}))
+    ref = shared.write(name, pa.table({column: ids, "embedding": _as_column(vectors)}))
+    report.bytes_written += shared.bytes_written
+    return ref
 
 
 def _as_column(vectors: Vectors) -> pa.FixedSizeListArray:

@@ -69,6 +69,7 @@ def learn(
         catalog, snapshot.campaigns, learned, choice.fusion.version, space.model, classifier
     ).to_bytes()
     write_atomically(staging.root / SERVED_FILE, content)
+    report.bytes_written += len(content)
     report.rows_in = len(history.signals.at)
     report.rows_out = len(snapshot.campaigns.ids)
     report.details = {

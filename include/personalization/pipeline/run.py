@@ -1,7 +1,9 @@
 """All stages in one process, without Airflow: for notebooks, tests and the command line."""
 
 import uuid
-from contextlib import AbstractContextManager, ExitStack, closing
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from os import PathLike
 from typing import Any, TypedDict
@@ -22,13 +24,12 @@ from personalization.pipeline.prepare import prepare
 from personalization.pipeline.publish import publish
 from personalization.pipeline.vectors import refresh_profiles, upsert_vectors
 from personalization.reading import locate
+from personalization.schemas import Catalog, Ref
 from personalization.settings import Settings, get_settings
 from personalization.staging import Staging
 from personalization.stores.analytics import AnalyticsStore
-from personalization.stores.cache import CachePublisher
-from personalization.stores.milvus import VectorSpace, VectorStore
-from personalization.stores.mongo import MongoStore
-from personalization.stores.neo4j import GraphStore
+from personalization.stores.milvus import VectorSpace
+from personalization.stores.together import Stores
 
 
 class RunSummary(TypedDict, total=False):
@@ -58,7 +59,7 @@ def run_pipeline(
         analytics = AnalyticsStore.from_settings(settings)
         stack.callback(analytics.engine.dispose)
         try:
-            _run_stages(run_id, _files(path), _files(events_path), settings, staging, analytics, stack)
+            _run_stages(run_id, _files(path), _files(events_path), settings, staging, stack)
         except PersonalizationError as error:
             summary["status"] = "failed"
             summary["error"] = str(error)
@@ -74,107 +75,149 @@ def _run_stages(
     events_files: list[UPath],
     settings: Settings,
     staging: Staging,
-    analytics: AnalyticsStore,
     stack: ExitStack,
 ) -> None:
-    def stage(name: str, shard: int = 0) -> AbstractContextManager[StageReport]:
-        return reported(staging, run_id, name, shard=shard)
-
-    space = VectorSpace(settings.embedding_model, settings.embedding_dim)
-    with stage("prepare") as report:
+    with reported(staging, run_id, "prepare", settings=settings) as report:
         catalog = load_catalog(settings.catalog_path)
-        mongo = MongoStore.from_settings(settings)
-        stack.enter_context(closing(mongo.client))
-        vectors = VectorStore.from_settings(settings)
-        stack.enter_context(closing(vectors.client))
-        graph = GraphStore.from_settings(settings)
-        stack.enter_context(closing(graph.driver))
-        cache = CachePublisher.from_settings(settings)
-        stack.enter_context(closing(cache.client))
-        prepare(
-            report,
-            catalog=catalog,
-            space=space,
-            vectors=vectors,
-            graph=graph,
-            analytics=analytics,
-            settings=settings,
-        )
-    with stage("ingest") as report:
-        shards = ingest(
+        stores = stack.enter_context(Stores.of(settings))
+        run = Run(run_id, settings, staging, stores, catalog)
+        run.prepare(report)
+
+    def take(report: StageReport) -> list[Ref]:
+        return ingest(
             report,
             files=files,
             skip_bad_files=False,
-            model=space.model,
-            mongo=mongo,
+            model=run.space.model,
+            mongo=stores.mongo,
             staging=staging,
             settings=settings,
         )
-    with stage("ingest_events") as report:
-        ingest_events(
+
+    run.stages(take, events_files=events_files)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run in one process: the stages of the DAG, one after the other."""
+
+    run_id: str
+    settings: Settings
+    staging: Staging
+    stores: Stores
+    catalog: Catalog
+
+    @property
+    def space(self) -> VectorSpace:
+        """The vector space of the run."""
+        return VectorSpace(self.settings.embedding_model, self.settings.embedding_dim)
+
+    def stage(self, name: str, shard: int = 0) -> AbstractContextManager[StageReport]:
+        """A stage at work, which keeps its report."""
+        return reported(self.staging, self.run_id, name, shard=shard, settings=self.settings)
+
+    def prepare(self, report: StageReport) -> None:
+        """The first stage."""
+        prepare(
             report,
-            files=events_files,
-            skip_bad_files=False,
-            mongo=mongo,
-            analytics=analytics,
-            staging=staging,
-            settings=settings,
+            catalog=self.catalog,
+            space=self.space,
+            vectors=self.stores.vectors,
+            graph=self.stores.graph,
+            analytics=self.stores.analytics,
+            settings=self.settings,
         )
-    with stage("embed_catalog") as report:
-        utterances = embed_catalog(report, catalog=catalog, staging=staging, settings=settings)
-    embedded = []
-    for number, shard in enumerate(shards):
-        with stage("embed", number) as report:
-            embedded.append(embed(report, shard, staging=staging, settings=settings))
-    for number, shard in enumerate(embedded):
-        with stage("upsert_vectors", number) as report:
-            upsert_vectors(report, shard, space=space, mongo=mongo, vectors=vectors)
-    with stage("detect_intents") as report:
-        pages = detect_intents(
-            report,
-            embedded,
-            utterances,
-            catalog=catalog,
-            space=space,
-            mongo=mongo,
-            analytics=analytics,
-            vectors=vectors,
-            staging=staging,
-            settings=settings,
-        )
-    for number, page in enumerate(pages):
-        with stage("build_graph", number) as report:
-            build_graph(report, page, mongo=mongo, analytics=analytics, graph=graph, settings=settings)
-    with stage("roll_up_engagement") as report:
-        roll_up_engagement(report, pages, analytics=analytics, settings=settings)
-    with stage("refresh_profiles") as report:
-        refresh_profiles(report, space=space, mongo=mongo, analytics=analytics, vectors=vectors, settings=settings)
-    with stage("learn") as report:
-        learned = learn(
-            report,
-            pages,
-            catalog=catalog,
-            space=space,
-            analytics=analytics,
-            vectors=vectors,
-            staging=staging,
-            settings=settings,
-        )
-    with stage("publish") as report:
-        publish(
-            report,
-            pages,
-            learned,
-            catalog=catalog,
-            space=space,
-            mongo=mongo,
-            vectors=vectors,
-            graph=graph,
-            analytics=analytics,
-            cache=cache,
-            staging=staging,
-            settings=settings,
-        )
+
+    def stages(
+        self,
+        take: Callable[[StageReport], list[Ref]],
+        *,
+        events_files: Sequence[UPath] = (),
+        more_users: Sequence[Ref] = (),
+    ) -> None:
+        """All stages behind `prepare`. `take` is the stage `ingest`: it returns staged shards of messages.
+
+        `more_users` are pages of users to refresh beside those of the run.
+        """
+        catalog, staging, settings, space = self.catalog, self.staging, self.settings, self.space
+        mongo, vectors, graph = self.stores.mongo, self.stores.vectors, self.stores.graph
+        analytics, cache = self.stores.analytics, self.stores.cache
+        with self.stage("ingest") as report:
+            shards = take(report)
+        with self.stage("ingest_events") as report:
+            ingest_events(
+                report,
+                files=events_files,
+                skip_bad_files=False,
+                mongo=mongo,
+                analytics=analytics,
+                staging=staging,
+                settings=settings,
+            )
+        with self.stage("embed_catalog") as report:
+            utterances = embed_catalog(report, catalog=catalog, staging=staging, settings=settings)
+        embedded = []
+        for number, shard in enumerate(shards):
+            with self.stage("embed", number) as report:
+                embedded.append(embed(report, shard, staging=staging, settings=settings))
+        for number, shard in enumerate(embedded):
+            with self.stage("upsert_vectors", number) as report:
+                upsert_vectors(report, shard, space=space, mongo=mongo, vectors=vectors)
+        with self.stage("detect_intents") as report:
+            pages = detect_intents(
+                report,
+                embedded,
+                utterances,
+                catalog=catalog,
+                space=space,
+                mongo=mongo,
+                analytics=analytics,
+                vectors=vectors,
+                staging=staging,
+                settings=settings,
+            )
+        pages = [*pages, *more_users]
+        for number, page in enumerate(pages):
+            with self.stage("build_graph", number) as report:
+                build_graph(report, page, mongo=mongo, analytics=analytics, graph=graph, settings=settings)
+        with self.stage("roll_up_engagement") as report:
+            roll_up_engagement(report, pages, analytics=analytics, settings=settings)
+        with self.stage("refresh_profiles") as report:
+            refresh_profiles(
+                report,
+                more_users,
+                space=space,
+                mongo=mongo,
+                analytics=analytics,
+                vectors=vectors,
+                settings=settings,
+            )
+        with self.stage("learn") as report:
+            learned = learn(
+                report,
+                pages,
+                catalog=catalog,
+                space=space,
+                analytics=analytics,
+                vectors=vectors,
+                staging=staging,
+                settings=settings,
+            )
+        with self.stage("publish") as report:
+            publish(
+                report,
+                pages,
+                learned,
+                catalog=catalog,
+                space=space,
+                mongo=mongo,
+                vectors=vectors,
+                graph=graph,
+                analytics=analytics,
+                cache=cache,
+                staging=staging,
+                settings=settings,
+            )
 
 
 def _files(path: str | PathLike[str] | None) -> list[UPath]:

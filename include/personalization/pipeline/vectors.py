@@ -1,6 +1,8 @@
 """Vectors: embedded shards to Milvus, and the vectors of the users from those of their messages."""
 
 from collections import defaultdict
+from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -10,7 +12,7 @@ from personalization.pipeline.lineage import StageReport
 from personalization.recommend.sources import Vector
 from personalization.schemas import DAY_MS, INTERESTS_PER_USER, Ref
 from personalization.settings import Settings
-from personalization.staging import read
+from personalization.staging import read, read_column
 from personalization.stores.analytics import AnalyticsStore
 from personalization.stores.milvus import INTERESTS, MESSAGES, USERS, VectorSpace, VectorStore, interest_id
 from personalization.stores.mongo import MongoStore
@@ -34,10 +36,12 @@ def upsert_vectors(
     vectors.upsert(space.collection(MESSAGES), rows)
     report.rows_out = len(rows)
     report.skipped = len(columns) - len(rows)
+    report.bytes_written = len(rows) * space.vector_bytes
 
 
 def refresh_profiles(
     report: StageReport,
+    more_users: Sequence[Ref] = (),
     *,
     space: VectorSpace,
     mongo: MongoStore,
@@ -45,13 +49,18 @@ def refresh_profiles(
     vectors: VectorStore,
     settings: Settings,
 ) -> None:
-    """Set the vectors and interests of the users whose messages the run embedded; nothing else moves them.
+    """Set the vectors and interests of the users whose messages the run embedded, and of `more_users`, which are pages.
 
     A user's vector is the L2-normalised sum of their newest messages' vectors, each weighted by
     2^(-age / half-life), age counted from the user's newest message: so a repeat changes nothing.
     Reads each of those vectors once, 1,000 a round trip.
     """
-    for user_ids in analytics.users_with_messages(report.run_id, _USERS_AT_ONCE):
+    others = (
+        page[at : at + _USERS_AT_ONCE]
+        for page in read_column(list(more_users), "user_id")
+        for at in range(0, len(page), _USERS_AT_ONCE)
+    )
+    for user_ids in chain(analytics.users_with_messages(report.run_id, _USERS_AT_ONCE), others):
         report.rows_in += len(user_ids)
         rows, interests = _profiles(user_ids, space, analytics, vectors, settings)
         erased = mongo.erased_among(user_ids)
@@ -63,6 +72,7 @@ def refresh_profiles(
         possible = (interest_id(one, place) for one in user_ids for place in range(INTERESTS_PER_USER))
         vectors.delete(space.collection(INTERESTS), [one for one in possible if one not in kept])
         report.rows_out += len(rows)
+        report.bytes_written += (len(rows) + len(interests)) * space.vector_bytes
     if report.rows_out:
         vectors.seal([space.collection(USERS), space.collection(INTERESTS)])
 

@@ -17,7 +17,7 @@ from personalization.stores.analytics import (
     Served,
     analytics_errors,
 )
-from personalization.stores.mongo import Document, MongoStore
+from personalization.stores.mongo import Document, MongoReader, MongoStore
 
 MESSAGES_KEPT = 50
 """Newest messages and newest events that are traced, unless more are asked for."""
@@ -119,7 +119,7 @@ def trace(
     campaign_id: str,
     *,
     engine: Engine,
-    mongo: MongoStore,
+    mongo: MongoStore | MongoReader,
     message_ids: Sequence[str] = (),
     limit: int = MESSAGES_KEPT,
 ) -> Trace:

@@ -17,6 +17,7 @@ from sqlalchemy import (
     JSON,
     URL,
     BigInteger,
+    Column,
     ColumnElement,
     CompoundSelect,
     Connection,
@@ -27,6 +28,7 @@ from sqlalchemy import (
     Index,
     LargeBinary,
     Numeric,
+    RowMapping,
     Select,
     SQLColumnExpression,
     String,
@@ -59,6 +61,7 @@ from personalization.errors import StoreError
 from personalization.schemas import (
     DAY_MS,
     ENGAGEMENT_STRENGTH,
+    LATENCY_BOUNDS_S,
     OTHER_INTENT,
     Catalog,
     Engagement,
@@ -77,6 +80,7 @@ _IMPRESSIONS_KEPT_S = 365 * 86_400  # as far back as a frequency cap may look
 _IMPRESSIONS_KEPT = 5000
 _EXPRESSED_KEPT = 50
 _CLEANED_UP_S = 5.0
+_ANOMALIES_KEPT = 5000
 _MESSAGES, _EVENT, _EXPRESSED = "messages", "event", "expressed"
 
 T = TypeVar("T")
@@ -313,6 +317,132 @@ class EvaluationResult(Base):
     """Lists that the mean is taken over: one for each user and split of the segment."""
     horizon_days: Mapped[float]
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+
+
+class AuditRun(Base):
+    """One row per audit of the stores."""
+
+    __tablename__ = "audits"
+
+    audit_id: Mapped[str] = mapped_column(String(250), primary_key=True)
+    started_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+    finished_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    status: Mapped[str] = mapped_column(String(16))
+    """`clean`, `repaired` (there was drift, none is left), or `drift`."""
+    repair: Mapped[bool]
+    """Whether a repair was asked for."""
+    findings: Mapped[int]
+    """Kinds of drift that were found."""
+    drift: Mapped[int] = mapped_column(BigInteger)
+    """Cases found."""
+    left: Mapped[int] = mapped_column(BigInteger)
+    """Cases at the end."""
+    in_flux: Mapped[int] = mapped_column(BigInteger)
+    """Messages of a run at work, which were not compared."""
+    compared: Mapped[dict[str, Any]] = mapped_column(JSON)
+    """Rows read, by store and kind of row."""
+
+
+class AuditFinding(Base):
+    """One row per kind of drift that an audit found."""
+
+    __tablename__ = "audit_findings"
+
+    audit_id: Mapped[str] = mapped_column(String(250), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(64), primary_key=True)
+    store: Mapped[str] = mapped_column(String(16))
+    severity: Mapped[str] = mapped_column(String(16))
+    """`error` or `warning`."""
+    title: Mapped[str]
+    meaning: Mapped[str]
+    advice: Mapped[str]
+    repairable: Mapped[bool]
+    count: Mapped[int] = mapped_column(BigInteger)
+    """Cases found."""
+    left: Mapped[int | None] = mapped_column(BigInteger)
+    """Cases behind the repair; null where none was tried."""
+
+
+class AuditSample(Base):
+    """Some cases of a finding, with the user they are of, so that an erasure takes them along."""
+
+    __tablename__ = "audit_samples"
+
+    audit_id: Mapped[str] = mapped_column(String(250), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(64), primary_key=True)
+    position: Mapped[int] = mapped_column(primary_key=True)
+    user_id: Mapped[str | None] = mapped_column(String(128), index=True)
+    item: Mapped[str]
+    expected: Mapped[str | None]
+    found: Mapped[str | None]
+
+
+class AnomalyRecord(Base):
+    """One row per anomaly, as `quality.anomaly.Anomaly` has it."""
+
+    __tablename__ = "anomalies"
+
+    anomaly_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    severity: Mapped[str] = mapped_column(String(16))
+    run_id: Mapped[str | None] = mapped_column(String(250), index=True)
+    run_started_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
+    stage: Mapped[str] = mapped_column(String(128))
+    title: Mapped[str] = mapped_column(String(128))
+    evidence: Mapped[str]
+    advice: Mapped[str]
+    observed: Mapped[float | None] = mapped_column(Double)
+    expected: Mapped[float | None] = mapped_column(Double)
+    score: Mapped[float | None] = mapped_column(Double)
+    user_id: Mapped[str | None] = mapped_column(String(128), index=True)
+
+
+class RunFigure(Base):
+    """One row per (run, figure) that would be dear to count anew for each run that is compared with it."""
+
+    __tablename__ = "run_figures"
+
+    run_id: Mapped[str] = mapped_column(String(250), primary_key=True)
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    value: Mapped[int] = mapped_column(BigInteger)
+
+
+class ApiLatency(Base):
+    """One row per (window, route): the API's answers, in buckets of `schemas.LATENCY_BOUNDS_S`."""
+
+    __table__ = Table(
+        "api_latency",
+        Base.metadata,
+        Column("moment", BigInteger, primary_key=True, autoincrement=False),
+        Column("route", String(128), primary_key=True),
+        Column("window_ms", BigInteger, nullable=False),
+        Column("requests", BigInteger, nullable=False),
+        Column("errors", BigInteger, nullable=False),
+        Column("seconds", Double, nullable=False),
+        *(Column(f"bucket_{number:02}", BigInteger, nullable=False) for number in range(len(LATENCY_BOUNDS_S) + 1)),
+    )
+
+
+class ApiCount(Base):
+    """One row per (window, what is counted): answers `hit`, `stale` or `miss`, `shed`, and `degraded:` by store."""
+
+    __tablename__ = "api_counts"
+
+    moment: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    """The window's begin, in epoch milliseconds."""
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    window_ms: Mapped[int] = mapped_column(BigInteger)
+    count: Mapped[int] = mapped_column(BigInteger)
+
+
+class ApiScrape(Base):
+    """One row per process of the API: its counters as they were read last."""
+
+    __tablename__ = "api_scrapes"
+
+    process: Mapped[str] = mapped_column(String(64), primary_key=True)
+    """When it began."""
+    moment: Mapped[int] = mapped_column(BigInteger)
+    counters: Mapped[dict[str, float]] = mapped_column(JSON)
 
 
 class ServingState(Base):
@@ -599,28 +729,22 @@ class AnalyticsStore:
 
     def refresh_campaign_totals(self) -> None:
         """Set every campaign's totals from `user_engagement`, which is read once."""
-        sums = {"messages": UserEngagement.count} | {
-            name: getattr(UserEngagement, name) for name in ("impressions", "clicks", "conversions", "dismisses")
-        }
-        shown, clicked = UserEngagement.impressions > 0, UserEngagement.clicks > 0
-        steps = (shown, and_(shown, clicked), and_(shown, clicked, UserEngagement.conversions > 0))
-        totals = (
-            select(
-                CampaignRecord.campaign_id,
-                func.count(UserEngagement.weight_at).label("users"),
-                func.max(func.nullif(UserEngagement.last_at, 0)).label("last_at"),
-                *(func.count(case((step, 1))).label(name) for name, step in zip(_FUNNEL, steps, strict=True)),
-                *(func.coalesce(func.sum(column), 0).label(name) for name, column in sums.items()),
-            )
-            .outerjoin(UserEngagement, UserEngagement.campaign_id == CampaignRecord.campaign_id)
-            .group_by(CampaignRecord.campaign_id)
-            .subquery()
-        )
+        totals = _totals_query().subquery()
         values = {name: totals.c[name] for name in _CAMPAIGN_TOTALS}
         with analytics_errors(), self.engine.begin() as connection:
             connection.execute(
                 update(CampaignRecord).where(CampaignRecord.campaign_id == totals.c.campaign_id).values(values)
             )
+
+    def wrong_totals(self) -> list[tuple[str, str, str]]:
+        """(campaign, its totals as they should be, as they are) where they differ. Reads `user_engagement` once."""
+        with analytics_errors(), self.engine.connect() as connection:
+            stored = {
+                one["campaign_id"]: one for one in connection.execute(select(CampaignRecord.__table__)).mappings()
+            }
+            fresh = connection.execute(_totals_query()).mappings().all()
+        pairs = [(one["campaign_id"], _totals_text(one), _totals_text(stored[one["campaign_id"]])) for one in fresh]
+        return [pair for pair in pairs if pair[1] != pair[2]]
 
     def newest_messages(self, user_ids: Sequence[str], per_user: int) -> list[dict[str, Any]]:
         """`{user_id, message_id, timestamp}` of each user's newest messages."""
@@ -663,12 +787,48 @@ class AnalyticsStore:
             if merged:
                 connection.execute(insert(StageAttempt), list(merged.values()))
 
+    def set_anomalies(self, rows: Sequence[dict[str, Any]], run_ids: Sequence[str]) -> None:
+        """Set the anomalies of the runs, and others by their id; forget the oldest beyond 5,000. One transaction."""
+        newest = select(AnomalyRecord.anomaly_id).order_by(AnomalyRecord.run_started_at.desc()).limit(_ANOMALIES_KEPT)
+        with analytics_errors(), self.engine.begin() as connection:
+            connection.execute(delete(AnomalyRecord).where(AnomalyRecord.run_id.in_(run_ids)))
+            ids = [row["anomaly_id"] for row in rows]
+            connection.execute(delete(AnomalyRecord).where(AnomalyRecord.anomaly_id.in_(ids)))
+            if rows:
+                connection.execute(insert(AnomalyRecord), list(rows))
+            connection.execute(delete(AnomalyRecord).where(AnomalyRecord.anomaly_id.not_in(newest)))
+
+    def set_run_figures(self, run_ids: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+        """Set the figures of the runs, in one transaction."""
+        with analytics_errors(), self.engine.begin() as connection:
+            connection.execute(delete(RunFigure).where(RunFigure.run_id.in_(run_ids)))
+            if rows:
+                connection.execute(insert(RunFigure), list(rows))
+
     def record_evaluation(self, rows: Sequence[dict[str, Any]]) -> None:
         """Set the rows of an evaluation, in one transaction."""
         evaluation_ids = {row["evaluation_id"] for row in rows}
         with analytics_errors(), self.engine.begin() as connection:
             connection.execute(delete(EvaluationResult).where(EvaluationResult.evaluation_id.in_(evaluation_ids)))
             connection.execute(insert(EvaluationResult), list(rows))
+
+    def record_audit(
+        self, audit: dict[str, Any], findings: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]], keep: int
+    ) -> None:
+        """Set the rows of an audit and drop those of all but the latest `keep`, in one transaction."""
+        audit_id = audit["audit_id"]
+        with analytics_errors(), self.engine.begin() as connection:
+            for table in (AuditRun, AuditFinding, AuditSample):
+                connection.execute(delete(table).where(table.audit_id == audit_id))
+            connection.execute(insert(AuditRun), [audit])
+            if findings:
+                connection.execute(insert(AuditFinding), list(findings))
+            if samples:
+                connection.execute(insert(AuditSample), list(samples))
+            kept = select(AuditRun.audit_id).order_by(AuditRun.started_at.desc()).limit(keep)
+            ids = list(connection.execute(kept).scalars())
+            for table in (AuditRun, AuditFinding, AuditSample):
+                connection.execute(delete(table).where(table.audit_id.not_in(ids)))
 
     def last_feedback_at(self) -> int | None:
         """The newest click or conversion, in epoch milliseconds."""
@@ -761,6 +921,39 @@ class AnalyticsStore:
         """What was published last, announced or not."""
         with analytics_errors(), self.engine.connect() as connection:
             return connection.execute(select(Served.content)).scalar_one_or_none()
+
+    def pages(self, query: Select[*tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...]]]:
+        """Yield the rows of a query, up to 10,000 at a time, as the database finds them."""
+        with analytics_errors(), self.engine.connect() as connection:
+            rows = connection.execution_options(yield_per=_STREAM_ROWS).execute(query)
+            for part in rows.partitions():
+                yield [tuple(row) for row in part]
+
+    def intents_of(self, message_ids: Sequence[str]) -> dict[str, dict[str, float]]:
+        """The intents of messages and how sure each is; `other` too. Messages without any are left out."""
+        found: dict[str, dict[str, float]] = {}
+        for chunk in _chunks(message_ids):
+            query = select(MessageIntent.message_id, MessageIntent.intent_id, MessageIntent.confidence)
+            for row in self._fetch(query.where(MessageIntent.message_id.in_(chunk))):
+                found.setdefault(row["message_id"], {})[row["intent_id"]] = row["confidence"]
+        return found
+
+    def delete_events(self, event_ids: Sequence[str]) -> None:
+        """Delete events, in one transaction."""
+        with analytics_errors(), self.engine.begin() as connection:
+            for chunk in _chunks(event_ids):
+                connection.execute(delete(EventRecord).where(EventRecord.event_id.in_(chunk)))
+
+    def latest_generations(self, runs: int) -> list[int]:
+        """The serving generations that the latest publishes began, as lineage has them, the newest run first."""
+        query = (
+            select(PipelineRun.details)
+            .where(PipelineRun.stage == "publish", PipelineRun.status == "success")
+            .order_by(PipelineRun.started_at.desc())
+            .limit(runs)
+        )
+        found = [row["details"].get("generation") for row in self._fetch(query)]
+        return [one for one in found if one is not None]
 
     def _stream(self, query: Select[*tuple[Any, ...]]) -> Iterator[list[list[Any]]]:
         with analytics_errors(), self.engine.connect() as connection:
@@ -1073,6 +1266,30 @@ def _weeks_query(user_ids: Sequence[str]) -> Select[*tuple[Any, ...]]:
 def _week(timestamp: SQLColumnExpression[int]) -> ColumnElement[int]:
     # The epoch was a Thursday.
     return (timestamp + 3 * DAY_MS) // (7 * DAY_MS)
+
+
+def _totals_query() -> Select[*tuple[Any, ...]]:
+    """Every campaign's totals, from `user_engagement`."""
+    sums = {"messages": UserEngagement.count} | {
+        name: getattr(UserEngagement, name) for name in ("impressions", "clicks", "conversions", "dismisses")
+    }
+    shown, clicked = UserEngagement.impressions > 0, UserEngagement.clicks > 0
+    steps = (shown, and_(shown, clicked), and_(shown, clicked, UserEngagement.conversions > 0))
+    return (
+        select(
+            CampaignRecord.campaign_id,
+            func.count(UserEngagement.weight_at).label("users"),
+            func.max(func.nullif(UserEngagement.last_at, 0)).label("last_at"),
+            *(func.count(case((step, 1))).label(name) for name, step in zip(_FUNNEL, steps, strict=True)),
+            *(func.coalesce(func.sum(column), 0).label(name) for name, column in sums.items()),
+        )
+        .outerjoin(UserEngagement, UserEngagement.campaign_id == CampaignRecord.campaign_id)
+        .group_by(CampaignRecord.campaign_id)
+    )
+
+
+def _totals_text(row: RowMapping) -> str:
+    return ", ".join(f"{name} {row[name]}" for name in _CAMPAIGN_TOTALS)
 
 
 def _expressed_query(user_ids: Sequence[str], half_life_days: float) -> Select[*tuple[Any, ...]]:

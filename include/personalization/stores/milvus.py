@@ -35,6 +35,7 @@ GRPC_OPTIONS = {"grpc.keepalive_time_ms": 300_000, "grpc.keepalive_permit_withou
 _MAX_ID_BYTES = 512  # 128 characters of up to 4 bytes
 _WRITE_ROWS = 1000  # 4 MB of 1024-d vectors: well under gRPC's 64 MB
 _READ_ROWS = 1000
+_PAGE_ROWS = 2000  # some 65 MB of Python's numbers where vectors have 1024 dimensions
 _NOT_LOADED = 101  # Milvus' error code
 _OWN_COLLECTIONS = re.compile(rf"({MESSAGES}|{USERS}|{INTERESTS})_\w+_\d+_[0-9a-f]{{8}}")
 
@@ -57,6 +58,11 @@ class VectorSpace:
 
     model: str
     dim: int
+
+    @property
+    def vector_bytes(self) -> int:
+        """Of one vector of float32."""
+        return self.dim * 4
 
     def collection(self, alias: str) -> str:
         """Name of the physical collection behind `alias`: readable, and unique by digest."""
@@ -135,6 +141,38 @@ class VectorStore:
                     consistency_level="Strong",
                     timeout=120,
                 )
+
+    def pages(self, collection: str, fields: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
+        """Yield these fields of all rows, 2,000 at a time, by id.
+
+        Seals the collection first: Milvus Lite takes seconds for a page of what is not sealed.
+        """
+        self.seal([collection])
+        with milvus_errors():
+            found = self.client.query_iterator(
+                collection,
+                batch_size=_PAGE_ROWS,
+                output_fields=list(fields),
+                consistency_level="Strong",
+                timeout=120,
+            )
+            try:
+                while page := found.next():
+                    yield page
+            finally:
+                found.close()
+
+    def problem_of(self, alias: str, space: VectorSpace) -> str | None:
+        """What is wrong with the collection that the alias should serve; None where nothing is."""
+        name = space.collection(alias)
+        with milvus_errors():
+            if not self.client.has_collection(name):
+                return f"there is no collection {name}"
+            if alias not in self.client.list_aliases(name).get("aliases", []):
+                return f"the alias {alias} does not serve {name}"
+            known = {one["name"]: one for one in self.client.describe_collection(name)["fields"]}
+            dim = int(known["embedding"]["params"]["dim"])
+            return None if dim == space.dim else f"{name} has {dim} dimensions, not {space.dim}"
 
     def delete(self, collection: str, ids: Sequence[str]) -> None:
         """Delete rows by `id`, 1,000 a round trip; those that are not there do not matter."""

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import chain, islice
@@ -11,11 +11,11 @@ from typing import Any, Literal, NamedTuple, TypedDict, cast
 
 from bson.errors import InvalidDocument
 from pymongo import AsyncMongoClient, MongoClient, ReplaceOne, ReturnDocument
-from pymongo.collection import Collection
+from pymongo.collection import Collection as MongoCollection
 from pymongo.errors import BulkWriteError, ConfigurationError, OperationFailure, PyMongoError
 
 from personalization.errors import StoreError
-from personalization.schemas import ErasedStore, Event, EventKind, erasure_id
+from personalization.schemas import Acknowledgement, ErasedStore, Event, EventKind, erasure_id
 from personalization.settings import Settings
 
 Document = dict[str, Any]
@@ -24,6 +24,8 @@ RecordKind = Literal["message", "event"]
 _FILES: dict[RecordKind, str] = {"message": "files", "event": "event_files"}
 _BATCH = 1000
 _PENDING_KEPT = 1000
+_SAID = ("who", "note", "at")
+_PAGE_WAITS_MS = 2000
 _DUPLICATE_KEY = 11000  # MongoDB's error code
 
 InsertOutcome = Literal["accepted", "duplicate", "conflict", "erased"]
@@ -259,7 +261,7 @@ class MongoStore:
         with mongo_errors():
             return sum(collection.count_documents(query) for collection, query in self._of_user(user_id))
 
-    def _of_user(self, user_id: str) -> list[tuple[Collection[Document], Document]]:
+    def _of_user(self, user_id: str) -> list[tuple[MongoCollection[Document], Document]]:
         spelled = "|".join({re.escape(user_id), re.escape(json.dumps(user_id)[1:-1])})
         names_them = rf'"user_id"\s*:\s*"({spelled})"|(^|,)\s*({spelled})\s*(,|$)'
         refused = {"$or": [{"user_id": user_id}, {"user_id": None, "raw": {"$regex": names_them}}]}
@@ -276,6 +278,46 @@ class MongoStore:
                 return_document=ReturnDocument.AFTER,
             )
         return cast("Document", changed)  # there, as it is made if need be
+
+    def run_states(self) -> dict[str, tuple[str | None, datetime | None]]:
+        """Of every run, the model it was published with and when; None where it is not published."""
+        with mongo_errors():
+            runs = self.runs.find({}, {"model": 1, "published_at": 1})
+            return {one["_id"]: (one.get("model"), one.get("published_at")) for one in runs}
+
+    def pages(self, kind: RecordKind, fields: Sequence[str]) -> Iterator[list[Document]]:
+        """Yield these fields of all messages or events, in no order, 1,000 a page: one streamed read."""
+        with mongo_errors(), self._records[kind].find({}, fields, batch_size=_BATCH) as found:
+            while page := list(islice(found, _BATCH)):
+                yield page
+
+    def erased_digests(self) -> Iterator[list[str]]:
+        """Yield the digests of all who were erased, 1,000 a page."""
+        with mongo_errors(), self.erasures.find({}, {"_id": 1}, batch_size=_BATCH) as found:
+            while page := [one["_id"] for one in islice(found, _BATCH)]:
+                yield page
+
+    def retake(self, kind: RecordKind, ids: Sequence[str], run_id: str | None, *, but_of: Collection[str] = ()) -> None:
+        """Make messages or events the run's own, but those of some runs; with None, events wait for the next run.
+
+        One write per 1,000.
+        """
+        with mongo_errors():
+            for start in range(0, len(ids), _BATCH):
+                some = {"_id": {"$in": list(ids[start : start + _BATCH])}, "run_id": {"$nin": list(but_of)}}
+                self._records[kind].update_many(some, {"$set": {"run_id": run_id}})
+
+    def messages(self, run_id: str, ids: Sequence[str]) -> list[Document]:
+        """`_id, user_id, timestamp, message` of those of the messages that are the run's. One round trip."""
+        with mongo_errors():
+            query = {"_id": {"$in": list(ids)}, "run_id": run_id}
+            return list(self.conversations.find(query, ("user_id", "timestamp", "message"), batch_size=_BATCH))
+
+    def users_among(self, user_ids: Sequence[str]) -> set[str]:
+        """Those of the users who have a message or an event. Two reads of an index by user."""
+        query = {"user_id": {"$in": list(user_ids)}}
+        with mongo_errors():
+            return {*self.conversations.distinct("user_id", query), *self.events.distinct("user_id", query)}
 
     def count_messages(self) -> int:
         """Number of stored messages, from the collection's own counter."""
@@ -303,7 +345,7 @@ class MongoReader:
     def __init__(self, client: MongoClient[Document], database: str) -> None:
         self.client = client
         db = client.get_database(database)
-        self._conversations = db["conversations"]
+        self._records = {"message": db["conversations"], "event": db["events"]}
         self._quarantine = db["quarantine"]
 
     @classmethod
@@ -316,13 +358,17 @@ class MongoReader:
             )
         return cls(client, settings.mongodb_database)
 
-    def messages_of(self, user_id: str, limit: int, before: datetime | None = None) -> list[Document]:
-        """The user's newest messages before that moment, newest first: off the index on user and time."""
-        query: Document = {"user_id": user_id}
-        if before is not None:
-            query["timestamp"] = {"$lt": before}
+    def read(self, kind: RecordKind, ids: Sequence[str]) -> dict[str, Document]:
+        """Whole messages or events by id; those that are gone are missing. One round trip; meant for few ids."""
         with mongo_errors():
-            return list(self._conversations.find(query).sort([("user_id", 1), ("timestamp", -1)]).limit(limit))
+            return {one["_id"]: one for one in self._records[kind].find({"_id": {"$in": list(ids)}})}
+
+    def messages_of(self, user_id: str, limit: int, offset: int = 0) -> list[Document]:
+        """The user's messages, newest first, from the given place on: off the index on user and time."""
+        newest_first = [("user_id", 1), ("timestamp", -1)]
+        with mongo_errors():
+            found = self._records["message"].find({"user_id": user_id})
+            return list(found.sort(newest_first).skip(offset).limit(limit))
 
     def refused_rows(self, run_id: str, limit: int, offset: int = 0) -> list[Document]:
         """Rows that the run was the last to refuse, in the order of their ids: off the index on the run."""
@@ -343,6 +389,44 @@ class MongoReader:
         ]
         with mongo_errors():
             return list(self._quarantine.aggregate(stages))
+
+
+class AcknowledgementStore:
+    """What people said of anomalies, by the anomaly's id: all that the dashboard writes."""
+
+    def __init__(self, client: MongoClient[Document], database: str) -> None:
+        self.client = client
+        self._acknowledgements = client.get_database(database)["acknowledgements"]
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> "AcknowledgementStore":
+        """Connect on first use; a page waits for no more than two seconds."""
+        options = {**_client_options(settings), "serverSelectionTimeoutMS": _PAGE_WAITS_MS}
+        with mongo_errors():
+            client: MongoClient[Document] = MongoClient(
+                **options, timeoutMS=_PAGE_WAITS_MS, appname="personalization-dashboard"
+            )
+        return cls(client, settings.mongodb_database)
+
+    def acknowledge(self, acknowledgements: Sequence[Acknowledgement]) -> None:
+        """Insert or replace by the anomaly's id. One round trip."""
+        operations = [
+            ReplaceOne({"_id": one.anomaly_id}, one.model_dump(exclude={"anomaly_id"}), upsert=True)
+            for one in acknowledgements
+        ]
+        if operations:
+            with mongo_errors():
+                self._acknowledgements.bulk_write(operations, ordered=False)
+
+    def of(self, anomaly_ids: Sequence[str]) -> dict[str, Acknowledgement]:
+        """Those of the anomalies, by id. One round trip a thousand."""
+        found = {}
+        with mongo_errors():
+            for start in range(0, len(anomaly_ids), _BATCH):
+                some = list(anomaly_ids[start : start + _BATCH])
+                for one in self._acknowledgements.find({"_id": {"$in": some}}, batch_size=_BATCH):
+                    found[one["_id"]] = Acknowledgement(anomaly_id=one["_id"], **{k: one[k] for k in _SAID})
+        return found
 
 
 class AsyncEventStore:
