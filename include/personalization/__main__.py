@@ -95,6 +95,27 @@ def trace(
 
 
 @app.command()
+def audit(
+    repair: Annotated[bool, typer.Option("--repair", help="Make anew from MongoDB what has drifted.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON.")] = False,
+) -> None:
+    """Compare MongoDB, Milvus, Neo4j, the analytics database and Redis, by set.
+
+    Exit status 0 only where they agree, in the end; 1 where drift is left.
+    """
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    from personalization.audit.command import audit_at, show
+    from personalization.settings import get_settings
+
+    report = audit_at(get_settings(), Console(stderr=True), repair=repair)
+    if as_json:
+        typer.echo(json.dumps(report.plain(), indent=2, ensure_ascii=False))
+    else:
+        show(report, console)
+    raise typer.Exit(1 if report.status == "drift" else 0)
+
+
+@app.command()
 def evaluate(
     messages: Annotated[Path, typer.Option(help="Messages: JSON array or NDJSON, plain or gzipped.")],
     events: Annotated[Path, typer.Option(help="Events: CSV, JSON array or NDJSON, plain or gzipped.")],

@@ -149,6 +149,20 @@ def test_parts_of_the_core_that_do_not_know_each_other(place: str, forbidden: li
             ],
         ),
         ("erasure", [*BOTTOM, "erasure", "pipeline.lineage", "staging", "stores"]),  # lineage says who is at work
+        (
+            "audit",  # a repair is a run of the pipeline; what is served says how messages were read
+            [
+                *BOTTOM,
+                "audit",
+                "pipeline",
+                "erasure",
+                "recommend.knowledge",
+                "understanding",
+                "catalog",
+                "staging",
+                "stores",
+            ],
+        ),
         ("stores", [*BOTTOM, "stores"]),
         ("catalog", ["schemas", "errors", "settings", "encoder", "understanding", "reading", "catalog"]),
         # Its command reads a catalog; all else in it knows none.

@@ -23,6 +23,8 @@ from personalization.errors import StoreError
 from personalization.settings import Settings
 
 _GENERATION_KEY = "personalization:generation"
+_ANSWER = "answer:{"
+_GENERATION_BYTES = 20
 _EARLIEST = 0.8
 _KEPT_TTLS = 12
 """Times to live for which an answer is kept to stand in."""
@@ -66,6 +68,42 @@ class CachePublisher:
         """
         with redis_errors():
             return int(self.client.incr(_GENERATION_KEY))
+
+    def generation(self) -> int | None:
+        """The serving generation; None where there is none, or what is there is no number."""
+        with redis_errors():
+            value = cast("bytes | None", self.client.get(_GENERATION_KEY)) or b""
+        return int(value) if value.isdigit() else None
+
+    def begin_generation(self, at_least: int) -> int:
+        """Start a new serving generation that is not below `at_least`; return its number. Safe to repeat."""
+        if self.generation() is None:
+            with redis_errors():
+                self.client.set(_GENERATION_KEY, 0)
+        with redis_errors():
+            # Counted up, so that a publish in between is not undone.
+            return int(self.client.incrby(_GENERATION_KEY, max(1, at_least - (self.generation() or 0))))
+
+    def answers(self) -> Iterator[list[tuple[str, str, int | None]]]:
+        """Yield (key, user, generation) of all cached answers, some hundreds at a time; None for what is no number.
+
+        Two round trips a page; reads the first bytes of an answer.
+        """
+        cursor = 0
+        while True:
+            with redis_errors():
+                cursor, keys = cast("tuple[int, list[bytes]]", self.client.scan(cursor, f"{_ANSWER}*", 1000))
+                pipeline = self.client.pipeline(transaction=False)
+                for key in keys:
+                    pipeline.getrange(key, 0, _GENERATION_BYTES)
+                heads = [head.partition(b"|")[0] for head in pipeline.execute()] if keys else []
+            yield [
+                (name := key.decode(), name[len(_ANSWER) :].partition("}")[0], int(head) if head.isdigit() else None)
+                for key, head in zip(keys, heads, strict=True)
+                if head  # else it has expired meanwhile
+            ]
+            if cursor == 0:
+                return
 
     def touch(self, user_id: str, ttl_s: int) -> None:
         """Make all cached answers of the user old, those being made now, too; `ttl_s` is that of an answer."""

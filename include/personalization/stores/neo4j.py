@@ -11,6 +11,7 @@ import asyncio
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, LiteralString, TypedDict
 
 from neo4j import (
@@ -28,6 +29,8 @@ from personalization.errors import StoreError
 from personalization.schemas import DAY_MS, Campaign, Catalog, Engagement, ExpressedIntent
 from personalization.settings import Settings
 from personalization.stores.milvus import Neighbour
+
+_PAGE_ROWS = 1000
 
 _CONSTRAINTS: tuple[LiteralString, ...] = (
     "CREATE CONSTRAINT user_id_unique IF NOT EXISTS FOR (u:User) REQUIRE u.user_id IS UNIQUE",
@@ -234,6 +237,23 @@ class GraphStore:
         with neo4j_errors():
             found = self.driver.execute_query(query, user_id=user_id, database_=self._database)
         return {"nodes": found.records[0]["nodes"], "edges": found.records[0]["edges"]}
+
+    def pages(self, query: LiteralString) -> Iterator[list[list[Any]]]:
+        """Yield the rows of a read, 1,000 at a time, as the server finds them."""
+        with (
+            neo4j_errors(),
+            self.driver.session(
+                database=self._database, default_access_mode=READ_ACCESS, fetch_size=_PAGE_ROWS
+            ) as session,
+        ):
+            found = iter(session.run(query))
+            while page := [one.values() for one in islice(found, _PAGE_ROWS)]:
+                yield page
+
+    def delete_users(self, user_ids: Sequence[str]) -> None:
+        """Delete the users' nodes and edges, in one transaction."""
+        query: LiteralString = "UNWIND $user_ids AS user_id MATCH (u:User {user_id: user_id}) DETACH DELETE u"
+        self._write([query], {"user_ids": list(user_ids)})
 
     def totals(self) -> dict[str, int]:
         """Users in the graph and the sum of all EXPRESSED counts."""

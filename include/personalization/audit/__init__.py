@@ -1,0 +1,1 @@
+"""Do the stores agree? They are compared by set, and what has drifted is made anew from MongoDB."""
