@@ -7,7 +7,7 @@ events; otherwise telling costs nothing.
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qs, urlsplit, urlunsplit
+from urllib.parse import parse_qs, urlsplit
 
 from airflow.sdk import BaseHook
 from airflow.sdk.lineage import NoOpCollector, get_hook_lineage_collector
@@ -61,7 +61,7 @@ def to_openlineage(asset: "Asset", context: object) -> "Dataset":  # noqa: ARG00
     from openlineage.client.event_v2 import Dataset
 
     parsed = urlsplit(asset.uri)
-    namespace = urlunsplit((parsed.scheme, parsed.netloc, parsed.path.rstrip("/"), "", ""))
+    namespace = f"{parsed.scheme}://{parsed.netloc}{parsed.path}".rstrip("/")
     return Dataset(namespace=namespace, name=parse_qs(parsed.query)["name"][0])
 
 

@@ -70,5 +70,7 @@ def _connection(conn_id: str) -> Any:
 
 def _reason(error: Any) -> str:
     """Errors raised on purpose are meant to be read; of others the words may hold anything."""
+    if isinstance(error, AirflowFailException):
+        error = error.__cause__ or error
     told = isinstance(error, PersonalizationError | AirflowFailException)
     return f"{type(error).__name__}: {error}" if told else type(error).__name__

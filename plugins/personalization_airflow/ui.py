@@ -1,6 +1,5 @@
 """What Airflow's UI shows of the platform: links to the dashboard, and on each run what became of it."""
 
-import json
 from typing import Any
 from urllib.parse import quote
 
@@ -63,7 +62,7 @@ def _note(dag_run: Any) -> None:
     if (summary := session.scalar(returned)) is None:
         return
     kept = [line for line in (dag_run.note or "").splitlines() if not line.startswith(SUMMARY)]
-    dag_run.note = "\n".join([*kept, f"{SUMMARY}{json.loads(summary)}"])
+    dag_run.note = "\n".join([*kept, f"{SUMMARY}{summary}"])
 
 
 class PersonalizationPlugin(AirflowPlugin):
@@ -71,11 +70,13 @@ class PersonalizationPlugin(AirflowPlugin):
 
     name = "personalization"
     external_views = [  # noqa: RUF012 - as Airflow declares it
-        {"name": "Personalization dashboard", "href": dashboard_page("", ""), "destination": "nav"},
+        {"name": "Dashboard", "href": dashboard_page("", ""), "destination": "nav"},
+        # With a route it is a tab of the run; Airflow fills in which run.
         {
-            "name": "On the dashboard",
-            "href": f"{dashboard_page('', '')}runs?run={{RUN_ID}}",
+            "name": "Dashboard",
+            "href": f"{dashboard_page('', '')}runs?run={{RUN_ID}}&embed=true",
             "destination": "dag_run",
+            "url_route": "personalization-run",
         },
     ]
     global_operator_extra_links = [DashboardLink()]  # noqa: RUF012

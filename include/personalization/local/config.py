@@ -98,6 +98,7 @@ class StackConfig(BaseSettings):
             "EMBEDDING_URL": f"http://{HOST}:{self.embedding_port}",
             "API_URL": f"http://{HOST}:{self.api_port}",
             "DASHBOARD_AUTH": "off",  # as the API
+            "DASHBOARD_URL": f"http://{HOST}:{self.dashboard_port}",
         }
 
     def settings(self, **changes: object) -> Settings:
