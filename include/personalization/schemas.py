@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self, TypedDict
 
 from pydantic import (
     AfterValidator,
+    AwareDatetime,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -160,6 +161,8 @@ ENGAGEMENT_STRENGTH: dict[str, float] = {"mention": 0.25, "click": 1.0, "convers
 """How much a signal says for a campaign when it is new. A mention is a message that speaks to it."""
 
 DAY_MS = 86_400_000
+LATENCY_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+"""Upper bounds of the buckets that the API counts its answers in, by seconds; a last one has none."""
 INTERESTS_PER_USER = 4
 """Topics of a user that are kept apart."""
 
@@ -213,6 +216,17 @@ class Event(BaseModel):
         """128-bit digest of all that a change of which makes the event another one."""
         what = (self.user_id, self.campaign_id, self.event, self.timestamp_ms)
         return _digest(*what, self.position, self.propensity, self.policy)
+
+
+class Acknowledgement(BaseModel):
+    """Somebody has seen an anomaly, and says what it was."""
+
+    model_config = ConfigDict(frozen=True, str_strip_whitespace=True)
+
+    anomaly_id: str = Field(pattern=r"^[0-9a-f]{24}$")
+    who: Annotated[str, Field(min_length=1, max_length=100)]
+    note: Annotated[str, Field(max_length=1000)] = ""
+    at: AwareDatetime
 
 
 class Intent(BaseModel):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cache
 from typing import NamedTuple
 
+from personalization.schemas import LATENCY_BOUNDS_S
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -16,7 +17,6 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 UNMATCHED = "unmatched"
 """Route of requests for paths that are none."""
@@ -44,14 +44,14 @@ class Metrics:
             "http_request_duration_seconds",
             "Time from the first byte of a request's head to the end of its answer.",
             ("route", "method", "status"),
-            buckets=_SECONDS,
+            buckets=LATENCY_BOUNDS_S,
             registry=self.registry,
         )
         calls = Histogram(
             "store_request_duration_seconds",
             "Time a store was waited for.",
             ("store",),
-            buckets=_SECONDS,
+            buckets=LATENCY_BOUNDS_S,
             registry=self.registry,
         )
         errors = Counter("store_errors", "Calls a store failed, or was spared.", ("store",), registry=self.registry)

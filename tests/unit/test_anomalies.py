@@ -163,6 +163,12 @@ def test_users_without_relationships_are_a_warning_with_their_share(store: Analy
     assert "5 of 50 users (10.0%)" in found.evidence
 
 
+def test_a_few_users_without_relationships_are_none_worth_a_look(store: AnalyticsStore):
+    store.record_runs(run_rows("run", publish=publish(users=50, users_without_intent=4)))
+
+    assert users_without_relationships(store.engine) == []
+
+
 def test_a_publish_that_recorded_no_totals_raises_nothing(store: AnalyticsStore):
     store.record_runs(run_rows("run", publish={"details": {}}))
 
@@ -180,7 +186,7 @@ def test_only_the_latest_runs_are_looked_at(store: AnalyticsStore):
 def test_the_newest_run_comes_first_and_its_errors_before_its_warnings(store: AnalyticsStore):
     store.record_runs(run_rows("older", NOW - timedelta(hours=1), embed={"status": "failed"}))
     store.record_runs(
-        run_rows("newer", NOW, build_graph={"rows_out": 0}, publish=publish(vectors=97, users_without_intent=1))
+        run_rows("newer", NOW, build_graph={"rows_out": 0}, publish=publish(vectors=97, users_without_intent=5))
     )
 
     found = find_anomalies(store.engine, runs=10)

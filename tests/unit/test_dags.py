@@ -164,6 +164,17 @@ def test_the_conf_of_an_evaluation_is_checked(evaluation: Any, name: str, value:
             param.resolve(value)
 
 
+# --- the API
+
+
+def test_the_api_is_watched_every_five_minutes_by_one_task(dagbag: Any):
+    watch = dagbag.dags["api_health"]
+
+    assert watch.schedule == "*/5 * * * *"
+    [task] = watch.tasks
+    assert (task.task_id, task.execution_timeout) == ("watch_api", timedelta(minutes=4))
+
+
 # --- the maintenance
 
 
