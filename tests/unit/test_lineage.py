@@ -1,6 +1,7 @@
 """Lineage: whatever becomes of a run, each stage has one true row in the analytics database."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -9,14 +10,25 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from personalization.errors import InputError, StoreError
-from personalization.pipeline.lineage import STAGES, StageReport, record_lineage, reported
+from personalization.pipeline.lineage import (
+    ENDED_UNSEEN,
+    STAGES,
+    StageReport,
+    code_version,
+    forget_reports,
+    record_lineage,
+    reported,
+    run_summary,
+    summarised,
+)
 from personalization.quality.reports import StageRun, stages_of_run
 from personalization.settings import Settings
 from personalization.staging import Staging
-from personalization.stores.analytics import AnalyticsStore, PipelineRun
-from sqlalchemy import select
+from personalization.stores.analytics import AnalyticsStore, PipelineRun, StageAttempt
+from sqlalchemy import event, select
 
 RUN = "manual__2026-10-01T09:00:00+00:00"
 
@@ -57,6 +69,13 @@ def fail(staging: Staging, stage: str, error: BaseException, **where: int) -> No
 
     with pytest.raises(type(error)):
         task()
+
+
+def attempts(analytics: AnalyticsStore, stage: str) -> list[Any]:
+    """What the database says of the stage's attempts, in order."""
+    query = select(StageAttempt.__table__).where(StageAttempt.stage == stage)
+    with analytics.engine.connect() as connection:
+        return list(connection.execute(query.order_by(StageAttempt.shard, StageAttempt.attempt)))
 
 
 def report_of(staging: Staging, stage: str, shard: int = 0) -> StageReport:
@@ -265,3 +284,176 @@ def test_a_report_that_is_just_being_written_is_not_read(staging: Staging, analy
     aside.write_text(json.dumps({"half": "a rep"})[:10])
 
     assert recorded(staging, analytics)["ingest"].rows_in == 5
+
+
+# --- a row by attempt
+
+
+def test_every_attempt_of_every_task_has_a_row_the_failed_ones_too(staging: Staging, analytics: AnalyticsStore):
+    work(staging, "embed", shard=0, rows_in=100, rows_out=100)
+    fail(staging, "embed", StoreError("milvus", "does not answer"), shard=1)
+    work(staging, "embed", shard=1, attempt=2, rows_in=50, rows_out=49, rejected=1)
+
+    row = recorded(staging, analytics)["embed"]
+    found = attempts(analytics, "embed")
+
+    assert (row.status, row.shards, row.retries, row.rows_in) == ("success", 2, 1, 150)
+    assert [(one.shard, one.attempt, one.status, one.rows_in) for one in found] == [
+        (0, 1, "success", 100),
+        (1, 1, "failed", 7),
+        (1, 2, "success", 50),
+    ]
+    assert (found[1].error_type, found[1].error) == ("StoreError", "milvus: does not answer")
+    assert (found[2].error_type, found[2].error, found[2].rejected) == (None, None, 1)
+
+
+def test_an_attempt_that_was_killed_before_the_one_that_succeeded_is_told_of(
+    staging: Staging, analytics: AnalyticsStore
+):
+    killed = StageReport(run_id=RUN, stage="ingest", shard=0, attempt=1, started_at=datetime.now(UTC))
+    path = staging.root / "reports" / "ingest-000000.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(killed.model_dump_json())
+    work(staging, "ingest", attempt=2)
+
+    row = recorded(staging, analytics)["ingest"]
+
+    assert (row.status, row.retries) == ("success", 1)
+    assert [(one.status, one.error_type) for one in attempts(analytics, "ingest")] == [
+        ("failed", "Killed"),
+        ("success", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "brief"),
+    [
+        (ConnectionError("no route to http://10.0.0.7:19530/v2/x"), "ConnectionError: no route to http://…/v2/x"),
+        (OSError("host='db.intern', port=27017"), "OSError: host='…', port=27017"),
+        (TimeoutError("neo4j-0.neo4j.svc:7687 and\n10.1.2.3 are silent"), "TimeoutError: … and … are silent"),
+        (InputError("row 3: 'a'\n\n  is cut"), "row 3: 'a' is cut"),
+    ],
+)
+def test_the_error_of_an_attempt_is_one_line_without_hosts(
+    staging: Staging, analytics: AnalyticsStore, error: Exception, brief: str
+):
+    fail(staging, "ingest", error)
+    recorded(staging, analytics)
+
+    [row] = attempts(analytics, "ingest")
+    assert row.error == brief
+
+
+def test_the_error_of_an_attempt_is_short(staging: Staging, analytics: AnalyticsStore):
+    fail(staging, "ingest", InputError("x" * 1_000_000))
+    recorded(staging, analytics)
+
+    assert len(attempts(analytics, "ingest")[0].error) == 300
+
+
+def test_attempts_of_a_run_that_is_cleared_are_kept_beside_the_new_ones(staging: Staging, analytics: AnalyticsStore):
+    work(staging, "ingest")
+    fail(staging, "embed", StoreError("milvus", "does not answer"), shard=3)
+    recorded(staging, analytics)
+    work(staging, "ingest", attempt=2)
+    forget_reports(staging, RUN, first_stage="embed")
+    work(staging, "embed", attempt=2)
+
+    row = recorded(staging, analytics)["embed"]
+
+    assert (row.status, row.shards) == ("success", 1)
+    found = [(one.shard, one.attempt, one.status) for one in attempts(analytics, "embed")]
+    assert found == [(0, 2, "success"), (3, 1, "failed")]
+    assert [one.attempt for one in attempts(analytics, "ingest")] == [1, 2]
+
+
+def test_a_run_whose_staged_reports_are_gone_keeps_its_attempts(staging: Staging, analytics: AnalyticsStore):
+    work(staging, "ingest")
+    recorded(staging, analytics)
+
+    recorded(Staging(str(staging.base / "elsewhere"), RUN), analytics)
+
+    assert len(attempts(analytics, "ingest")) == 1
+
+
+def test_the_number_of_statements_does_not_grow_with_shards(staging: Staging, analytics: AnalyticsStore):
+    analytics.ensure_schema()
+    counts = []
+    for shards in (1, 40):
+        for shard in range(shards):
+            work(staging, "embed", shard=shard)
+        statements: list[str] = []
+
+        def count(connection: Any, cursor: Any, statement: str, *rest: Any, seen: list[str] = statements) -> None:
+            if re.match("INSERT|DELETE|SELECT", statement):
+                seen.append(statement)
+
+        event.listen(analytics.engine, "before_cursor_execute", count)
+        record_lineage(RUN, staging, analytics)
+        event.remove(analytics.engine, "before_cursor_execute", count)
+        counts.append(len(statements))
+
+    assert counts[0] == counts[1]
+
+
+def test_a_task_that_failed_before_or_behind_its_report_is_no_success(staging: Staging, analytics: AnalyticsStore):
+    """Only Airflow knows of it."""
+    work(staging, "prepare")
+    work(staging, "ingest", attempt=2)
+    fail(staging, "embed_catalog", StoreError("staging", "is full"))
+
+    failed = [("ingest", 0), ("embed_catalog", 0), ("ingest_events", 0)]
+    record_lineage(RUN, staging, analytics, failed_tasks=failed)
+
+    rows = {row.stage: row for row in stages_of_run(analytics.engine, RUN)}
+    assert (rows["ingest"].status, rows["ingest"].error_type, rows["ingest"].attempt) == ("failed", ENDED_UNSEEN, 2)
+    assert (rows["ingest_events"].status, rows["ingest_events"].error_type) == ("failed", ENDED_UNSEEN)
+    assert (rows["embed_catalog"].status, rows["embed_catalog"].error_type) == ("failed", "StoreError")
+    assert (rows["prepare"].status, rows["publish"].status) == ("success", "not_run")
+
+
+# --- what else a row says
+
+
+def test_a_row_says_which_model_and_code_it_is_of_and_what_was_written(staging: Staging, analytics: AnalyticsStore):
+    settings = Settings(_env_file=None, embedding_model="hub/small", code_commit="0123456789abcdef0123")
+    with reported(staging, RUN, "ingest", settings=settings) as report:
+        staging.write("messages/000000.parquet", pa.table({"id": ["m1"]}))
+        report.bytes_written += 1000
+    work(staging, "embed")
+
+    rows = recorded(staging, analytics)
+
+    size = (staging.root / "messages" / "000000.parquet").stat().st_size
+    assert rows["ingest"].bytes_written == size + 1000
+    assert rows["ingest"].model == "hub/small"
+    assert rows["ingest"].code_version == code_version(settings)
+    assert re.fullmatch(r"\d+\.\d+\.\d+\+0123456789ab", code_version(settings))
+    assert rows["embed"].bytes_written == 0
+    [attempt] = attempts(analytics, "ingest")
+    assert (attempt.model, attempt.bytes_written) == ("hub/small", size + 1000)
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ((9_900, 9_800, 100, 0), "9,900 in, 100 rejected"),
+        ((440, 0, 0, 440), "440 in, 440 skipped"),
+        ((48, 213, 0, 0), "48 in, 213 out"),
+        ((0, 0, 0, 0), "0 in"),
+    ],
+)
+def test_rows_are_summed_up_in_a_few_words(counts: tuple[int, int, int, int], words: str):
+    assert summarised(*counts) == words
+
+
+def test_a_run_is_summed_up_in_a_line(staging: Staging, analytics: AnalyticsStore):
+    assert run_summary(record_lineage(RUN, staging, analytics)) == "nothing new"
+    work(staging, "ingest", attempt=2, rows_in=9_900, rows_out=9_800, rejected=100)
+    fail(staging, "ingest_events", InputError("events.csv: is empty"))
+
+    line = run_summary(record_lineage(RUN, staging, analytics))
+
+    assert line == (
+        "ingest_events failed: InputError; messages: 9,900 in, 100 rejected; events: 7 in, 0 out; 1 retried"
+    )

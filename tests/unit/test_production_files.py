@@ -43,7 +43,7 @@ FOREIGN_VARIABLES = {
     "postgres": r"POSTGRES_(USER|DB|PASSWORD)",
     "airflow-init": r"AIRFLOW_ADMIN_PASSWORD",  # its own script
     "embedding": r"HF_HOME",
-    "airflow-scheduler": r"HF_HOME|AIRFLOW_CONN_(MONGO|NEO4J|REDIS|MILVUS)_DEFAULT",
+    "airflow-scheduler": r"HF_HOME|OPENLINEAGE_URL|AIRFLOW_CONN_(MONGO|NEO4J|REDIS|MILVUS)_DEFAULT",
 }
 SETTINGS = {name.upper(): field for name, field in Settings.model_fields.items()}
 # Airflow takes the stores' addresses as connections; the databases keep their names. The commit is the image's own.

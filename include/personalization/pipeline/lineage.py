@@ -102,7 +102,7 @@ def run_summary(rows: Sequence[dict[str, Any]]) -> str:
         if row["rows_in"]:
             parts.append(f"{what}: {summarised(*(row[name] for name in _COUNTS[:4]))}")
     retries = sum(row["retries"] for row in rows)
-    return "; ".join([*(parts or ["nothing new"]), *([f"{retries:,} retries"] if retries else [])])
+    return "; ".join([*(parts or ["nothing new"]), *([f"{retries:,} retried"] if retries else [])])
 
 
 def code_version(settings: Settings) -> str:
