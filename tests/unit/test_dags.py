@@ -97,6 +97,14 @@ def test_every_task_says_what_it_does(dag: Any):
         assert task.owner == dag.owner, task.task_id
 
 
+def test_somebody_may_be_told_of_every_task_that_fails(dag: Any):
+    from personalization_airflow.notifications import of_failure
+
+    for task in dag.tasks:
+        callbacks = task.partial_kwargs["on_failure_callback"] if task.is_mapped else task.on_failure_callback
+        assert of_failure in (callbacks if isinstance(callbacks, list | tuple) else [callbacks]), task.task_id
+
+
 def test_every_pool_is_one_that_the_stack_makes(dag: Any):
     assert {task.pool for task in dag.tasks} <= {"default_pool", "embedding"}
 
@@ -311,6 +319,37 @@ def test_a_run_s_conf_is_checked_against_the_params(pipeline: Any, name: str, va
     else:
         with pytest.raises(ParamValidationError):
             param.resolve(value)
+
+
+def test_the_flow_of_data_is_drawn_by_assets_that_another_dag_may_wait_for(pipeline: Any, evaluation: Any):
+    tasks = [*pipeline.tasks, *evaluation.tasks]
+    flow = {
+        task.task_id: (sorted(one.name for one in task.inlets), sorted(one.name for one in task.outlets))
+        for task in tasks
+        if not task.is_mapped and (task.inlets or task.outlets)
+    }
+
+    assert flow == {
+        "ingest": ([], ["personalization_messages"]),
+        "ingest_events": ([], ["personalization_events"]),
+        "detect_intents": (["personalization_events", "personalization_messages"], []),
+        "publish": ([], ["personalization_serving"]),
+        "evaluate": (["personalization_serving"], ["personalization_evaluation"]),
+    }
+
+
+def test_every_task_shows_its_rows_where_task_instances_are_listed(pipeline: Any):
+    for task in pipeline.tasks:
+        template = task.partial_kwargs["map_index_template"] if task.is_mapped else task.map_index_template
+        assert template == "{{ summary }}", task.task_id
+
+
+def test_a_run_that_is_not_done_in_four_hours_is_told_of(pipeline: Any):
+    [deadline] = pipeline.deadline
+
+    assert deadline.interval == timedelta(hours=4)
+    assert deadline.reference.reference_name == "DagRunQueuedAtDeadline"
+    assert deadline.callback.path == "personalization_airflow.notifications.of_deadline"
 
 
 def test_the_pipeline_runs_daily(pipeline: Any):
