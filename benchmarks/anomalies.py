@@ -375,8 +375,8 @@ alarm of its run names its kind and its stage.
 
 *Fixed threshold*: twice the mean of the last 30 runs, or more than 10 % rejected, 50 % of no intent, 0.3 of drift.
 *3-sigma*: three standard deviations from the mean of the last 30, on the same figures (logarithms where they grow by
-factors). *Tuned*: the same made as strict as it must be for one false alarm a quiet month on other seeds ({strict}).
-All have the platform's rules for what is wrong whatever was before.
+factors). *Tuned*: the same made as strict as it must be for one false alarm a quiet month on other seeds
+({strict}). All have the platform's rules for what is wrong whatever was before.
 
 """
     names = list(tallies)
@@ -443,6 +443,10 @@ def draw(tallies: dict[str, Tally], api: dict[str, Tally]) -> Figure:
     alarms.set_yticks(range(len(tallies)), list(tallies))
     alarms.invert_yaxis()
     alarms.set_xscale("log")
+    alarms.set_xlim(0.1, 10)
+    ticks = (0.1, 0.2, 0.5, 1, 2, 5, 10)
+    alarms.set_xticks(ticks, [f"{one:g}" for one in ticks])
+    alarms.minorticks_off()
     alarms.set_xlabel("false alarms of runs in a quiet month (95 %)")
     alarms.grid(axis="x", alpha=0.3)
     return figure

@@ -138,6 +138,7 @@ def _run(world: World, day: int, moment: datetime, fault: Fault | None) -> Simul
     weekday = moment.weekday()
     trend = (1 + world.growth) ** (day / 30)
     rows = world.volume * world.week[weekday] * trend * np.exp(world.noise(world.volume_noise))
+    events = int(rows * 0.3 * np.exp(world.noise(0.1)))  # from elsewhere: faults of messages leave them alone
     marker = None
     if fault is None and weekday < 5 and world.happens(30):
         marker = "holiday"
@@ -146,22 +147,24 @@ def _run(world: World, day: int, moment: datetime, fault: Fault | None) -> Simul
         rows *= world.random.uniform(0.02, 0.25)
     elif fault == "volume spike":
         rows *= world.random.uniform(3.0, 8.0)
-    run = _figures(world, f"scheduled__{moment.isoformat()}", moment, int(rows), weekday >= 5, fault)
+    run = _figures(world, f"scheduled__{moment.isoformat()}", moment, (int(rows), events), weekday >= 5, fault)
     return _with_fault(world, run, fault, marker)
 
 
 def _backfill(world: World, moment: datetime) -> SimulatedRun:
     rows = int(world.volume * world.random.uniform(5, 20))
-    run = _figures(world, f"backfill__{moment.isoformat()}", moment, rows, weekend=False, fault=None)
+    run = _figures(world, f"backfill__{moment.isoformat()}", moment, (rows, int(rows * 0.3)), weekend=False, fault=None)
     return SimulatedRun(run, marker="backfill")
 
 
-def _figures(world: World, run_id: str, moment: datetime, rows: int, weekend: bool, fault: Fault | None) -> RunFigures:
+def _figures(
+    world: World, run_id: str, moment: datetime, volume: tuple[int, int], weekend: bool, fault: Fault | None
+) -> RunFigures:
+    rows, events = volume
     rejected = _share(world, rows, 0.5 if fault == "half the rows rejected" else world.rejects, 0.25)
     staged = rows - rejected
     others = world.others + world.random.uniform(0.25, 0.45) if fault == "`other` ratio jump" else world.others
     said_nothing = _share(world, staged, others, 0.12)
-    events = int(rows * 0.3 * np.exp(world.noise(0.1)))
     pace = world.speed * np.exp(world.noise(0.06))
     if fault == "run 5 × slower":
         pace *= 5

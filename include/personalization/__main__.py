@@ -53,8 +53,13 @@ def run(
         raise typer.BadParameter("name a file of conversations, one of --events, or both")
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     from personalization.pipeline.run import run_pipeline
+    from personalization.quality.anomalies import record_anomalies
+    from personalization.settings import get_settings
+    from personalization.stores.analytics import analytics_store
 
     summary = run_pipeline(path, events_path=events)
+    with analytics_store(get_settings()) as analytics:
+        record_anomalies(analytics, [summary["run_id"]])
     typer.echo(json.dumps(summary, indent=2, default=str))
     raise typer.Exit(0 if summary["status"] == "success" else 1)
 
@@ -113,6 +118,24 @@ def audit(
     else:
         show(report, console)
     raise typer.Exit(1 if report.status == "drift" else 0)
+
+
+@app.command()
+def anomalies(
+    days: Annotated[int, typer.Option(min=1, max=400, help="Of so many days back.")] = 30,
+    as_json: Annotated[bool, typer.Option("--json", help="Every figure, as JSON.")] = False,
+) -> None:
+    """Show what was odd: of runs and of the API, the newest first. Exit status 1 where there are errors."""
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    from personalization.quality.command import recent, show
+    from personalization.settings import get_settings
+
+    found = recent(get_settings(), days)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2, default=str))
+    else:
+        show(found, console)
+    raise typer.Exit(1 if any(one["severity"] == "error" for one in found) else 0)
 
 
 @app.command()

@@ -56,8 +56,8 @@ def read_api(settings: Settings) -> Reading:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     url = f"{settings.api_url.rstrip('/')}/v1/metrics"
     try:
-        response = httpx.get(url, headers=headers, timeout=settings.store_timeout_s)
-    except httpx.HTTPError as error:
+        response = httpx.get(url, headers=headers, timeout=settings.store_timeout_s, trust_env=False)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise StoreError("api", f"does not answer ({type(error).__name__}); check API_URL") from error
     if response.status_code in (401, 403):
         raise StoreError("api", "refused the key; API_KEY needs one with the scope `read`")
