@@ -37,6 +37,15 @@ def count(value: int | None) -> str:
     return "—" if value is None else f"{value:,}"
 
 
+def large(value: int) -> str:
+    """A whole number, short where it is large."""
+    for size, sign in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if value >= size:
+            size = 1e3 if sign == "k" else size
+            return f"{value / size:,.1f} {sign}"
+    return f"{value:,}"
+
+
 def duration(seconds: float) -> str:
     """A length of time, to two units."""
     if seconds < 60:

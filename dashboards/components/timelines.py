@@ -13,7 +13,7 @@ from components.charts import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 _ROW_HEIGHT = 26
 _MARKED = 200
 _STORES = (ORANGE, PURPLE, SKY, BLUE, GREEN)
-_DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+_PATTERNS = ("", "/", ".", "x", "-")
 
 
 def anomalies(found: Sequence[Anomaly], seen: set[str], since: datetime, until: datetime) -> go.Figure:
@@ -29,10 +29,12 @@ def anomalies(found: Sequence[Anomaly], seen: set[str], since: datetime, until: 
                     name=f"{severity}, acknowledged" if is_seen else severity,
                     mode="markers",
                     marker={"color": color, "size": 12, "symbol": f"{symbol}-open" if is_seen else symbol},
+                    cliponaxis=False,
                     customdata=[one.title for one in some],
                     hovertemplate="%{x|%d %b %Y, %H:%M}: %{customdata} (%{y})<extra></extra>",
                 )
     stages = sorted({one.stage for one in found})
+    figure.update_layout(showlegend=True)
     figure.update_xaxes(range=[text.local(since), text.local(until)])
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=stages, autorange="reversed")
     return _finished(figure, 110 + _ROW_HEIGHT * max(len(stages), 3))
@@ -55,16 +57,17 @@ def latency(steps: Sequence[Traffic]) -> go.Figure:
             marker={"symbol": symbol, "size": 6},
             hovertemplate="%{x|%d %b, %H:%M}: %{y:,.1f} ms %{fullData.name}<extra></extra>",
         )
-    figure.update_yaxes(title="milliseconds", type="log", dtick=1)
+    figure.update_yaxes(title="milliseconds", type="log", dtick="D2")
     return _finished(figure, 320)
 
 
-def requests(steps: Sequence[Traffic], step_ms: int) -> go.Figure:
-    """Requests a second."""
+def requests(steps: Sequence[Traffic], step_ms: int, now: datetime) -> go.Figure:
+    """Requests a second; the last step may not be over."""
     figure = go.Figure()
+    now_ms = now.timestamp() * 1000
     figure.add_scatter(
         x=_moments(steps),
-        y=[one.requests / (step_ms / 1000) for one in steps],
+        y=[one.requests * 1000 / max(min(step_ms, now_ms - one.moment_ms), 1000) for one in steps],
         name="requests",
         mode=_mode(steps),
         line_color=BLUE,
@@ -85,7 +88,7 @@ def errors(steps: Sequence[Traffic]) -> go.Figure:
         customdata=[[one.errors, one.requests] for one in steps],
         hovertemplate="%{x|%d %b, %H:%M}: %{y:.2%}, %{customdata[0]:,} of %{customdata[1]:,}<extra></extra>",
     )
-    figure.update_yaxes(title="failed", tickformat=".1%", rangemode="tozero")
+    figure.update_yaxes(title="failed", tickformat=".2%", rangemode="tozero")
     return _finished(figure, 260)
 
 
@@ -116,15 +119,14 @@ def degraded(counts: Sequence[Counted]) -> go.Figure:
     stores = sorted({one.name for one in counts})
     for at, name in enumerate(stores):
         some = [one for one in counts if one.name == name]
-        figure.add_scatter(
+        figure.add_bar(
             x=_moments(some),
             y=[one.count for one in some],
             name=name.partition(":")[2],
-            mode="lines+markers",
-            line={"color": _STORES[at % len(_STORES)], "dash": _DASHES[at % len(_DASHES)]},
+            marker={"color": _STORES[at % len(_STORES)], "pattern": {"shape": _PATTERNS[at % len(_PATTERNS)]}},
             hovertemplate="%{x|%d %b, %H:%M}: %{y:,} without %{fullData.name}<extra></extra>",
         )
-    figure.update_layout(showlegend=True)
+    figure.update_layout(showlegend=True, barmode="stack")
     figure.update_yaxes(title="answers", rangemode="tozero")
     return _finished(figure, 260)
 

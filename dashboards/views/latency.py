@@ -11,13 +11,13 @@ from personalization.quality.traffic import Traffic
 PIPELINE, API = "Pipeline", "API"
 SECONDS, THROUGHPUT = "Seconds", "Rows per second"
 TILES_IN_A_ROW = 5
+# How far back, and in what steps. (Not a docstring: Streamlit would show it.)
 SPANS = {
     "3 hours": (timedelta(hours=3), timedelta(minutes=5)),
     "24 hours": (timedelta(hours=24), timedelta(minutes=15)),
     "7 days": (timedelta(days=7), timedelta(hours=1)),
     "90 days": (timedelta(days=90), timedelta(hours=12)),
 }
-"""How far back, and in what steps."""
 EVERY_ROUTE = "all routes"
 
 
@@ -103,12 +103,12 @@ def api() -> None:
     left, right = st.columns(2, gap="large")
     with left:
         st.subheader("Requests")
-        st.plotly_chart(timelines.requests(steps, step_ms), alt="Requests per second")
+        st.plotly_chart(timelines.requests(steps, step_ms, datetime.now(UTC)), alt="Requests per second")
     with right:
         st.subheader("Failed requests")
         st.plotly_chart(timelines.errors(steps), alt="Share of the requests that failed")
     with left:
-        st.subheader("Where recommendations came from")
+        st.subheader("Where answers came from")
         st.plotly_chart(timelines.answers(counts), alt="Answers from the cache and made anew, in percent")
     with right:
         st.subheader("Answers that lacked a store")
@@ -124,7 +124,7 @@ def tiles(steps: list[Traffic], answers: dict[str, int]) -> None:
     requests, errors = sum(one.requests for one in steps), sum(one.errors for one in steps)
     buckets = tuple(sum(some) for some in zip(*(one.buckets for one in steps), strict=True))
     whole = Traffic(steps[0].moment_ms, "", requests, errors, buckets)
-    figures = {"Requests": f"{requests:,}"}
+    figures = {"Requests": text.large(requests)}
     for label, share in (("p50", 0.5), ("p95", 0.95)):
         seconds = whole.quantile(share)
         figures[label] = "—" if seconds is None else f"{seconds * 1000:,.1f} ms"

@@ -291,9 +291,14 @@ def sweep_erasures() -> dict[str, int]:
 
 
 def watch_api() -> dict[str, int]:
-    """Keep what the API's counters rose by; return the requests since the last time, and what was odd today."""
+    """Keep what the API's counters rose by; return the requests since the last time, and what was odd today.
+
+    An API that does not answer is an anomaly, and fails the task once a day, so that people are told once.
+    """
     from datetime import UTC, datetime
 
+    from airflow.sdk import get_current_context
+    from airflow.sdk.exceptions import AirflowSkipException
     from personalization.errors import StoreError
     from personalization.quality import scrape, traffic
     from personalization.stores.analytics import analytics_store
@@ -302,11 +307,14 @@ def watch_api() -> dict[str, int]:
 
     settings = run_settings()
     now = datetime.now(UTC)
+    instance = get_current_context()["ti"]
     with analytics_store(settings) as analytics:
         try:
             reading = scrape.read_api(settings)
         except StoreError as error:
-            traffic.record_silence(analytics, now, str(error))
+            is_last = instance.try_number > instance.max_tries
+            if is_last and not traffic.record_silence(analytics, now, str(error)):
+                raise AirflowSkipException(f"still: {error}") from error
             raise
         requests = scrape.keep(analytics, reading, now)
         return {"requests": requests, "anomalies": len(traffic.record_bursts(analytics, now))}

@@ -267,8 +267,8 @@ def insert_windows(store: AnalyticsStore, windows: list[Traffic]) -> None:
 
 
 def test_an_api_that_does_not_answer_is_one_error_a_day(store: AnalyticsStore):
-    for minutes in (0, 5, 10):
-        record_silence(store, NOON + timedelta(minutes=minutes), "api: does not answer")
+    moments = [NOON + timedelta(minutes=minutes) for minutes in (0, 5, 10)]
+    assert [record_silence(store, one, "api: does not answer") for one in moments] == [True, False, False]
 
     [found] = anomalies_since(store.engine, NOON - timedelta(days=1), 10)
     assert (found.severity, found.title) == ("error", "The API did not answer")

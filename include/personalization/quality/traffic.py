@@ -16,7 +16,7 @@ from sqlalchemy import Engine, Select, func, inspect, select
 from personalization.quality.anomaly import Anomaly
 from personalization.quality.baselines import Floats, expect_constant, probability
 from personalization.schemas import DAY_MS, LATENCY_BOUNDS_S
-from personalization.stores.analytics import AnalyticsStore, ApiCount, ApiLatency, analytics_errors
+from personalization.stores.analytics import AnalyticsStore, AnomalyRecord, ApiCount, ApiLatency, analytics_errors
 
 BUDGET = 0.5
 """False alarms a month that are put up with, over all routes."""
@@ -28,12 +28,13 @@ _FEWEST_WINDOWS = 100
 _FEWEST_REQUESTS = 20
 _SLOWER = 2.0
 _SLOWER_S = 0.02
-_FEWEST_ERRORS = 5
-_ERROR_RATE = 0.01
+_FEWEST_ERRORS = 8
+_ERROR_RATE = 0.02
 _SERIOUS_RATE = 0.2
 _USUAL_TIMES = 3
 _UNTOLD = 1e-4  # an error rate that is never told from none
 _QUANTILE = 0.95
+_NEIGHBOURLY = 0.6  # 0.5 where the two had nothing to do with each other
 _TABLE = ApiLatency.__table__
 _BUCKETS = [column for column in _TABLE.c if column.name.startswith("bucket_")]
 
@@ -143,8 +144,8 @@ def record_bursts(analytics: AnalyticsStore, now: datetime) -> list[Anomaly]:
     return found
 
 
-def record_silence(analytics: AnalyticsStore, now: datetime, problem: str) -> Anomaly:
-    """Set the anomaly of an API that does not answer: one a day, as of the last time."""
+def record_silence(analytics: AnalyticsStore, now: datetime, problem: str) -> bool:
+    """Set the anomaly of an API that does not answer, one a day, as of the last time; whether it is the day's first."""
     found = Anomaly(
         severity="error",
         run_id=None,
@@ -155,8 +156,11 @@ def record_silence(analytics: AnalyticsStore, now: datetime, problem: str) -> An
         advice="Start it, or correct API_URL and API_KEY, by which the pipeline reads its counters.",
     )
     analytics.ensure_schema()
+    known = select(AnomalyRecord.anomaly_id).where(AnomalyRecord.anomaly_id == found.anomaly_id)
+    with analytics_errors(), analytics.engine.connect() as connection:
+        is_first = connection.execute(known).first() is None
     analytics.set_anomalies([{"anomaly_id": found.anomaly_id, **vars(found)}], [])
-    return found
+    return is_first
 
 
 def bursts(windows: Iterable[Traffic], day_ms: int) -> list[Anomaly]:
@@ -247,8 +251,8 @@ def _failing(before: Sequence[Traffic], today: Sequence[Traffic], rare: float) -
 
 
 def _sustained(today: Sequence[Traffic], worth: Any, chances: Any, rare: float) -> list[int]:
-    """The windows that chance alone does not explain, or two neighbours together do not."""
-    half = worth & (chances <= rare**0.5)
+    """The windows that chance alone does not explain, or two neighbours together do not, which are no strangers."""
+    half = worth & (chances <= rare**_NEIGHBOURLY)
     moments = {one.moment_ms for one, chosen in zip(today, half, strict=True) if chosen}
     beside = [bool(moments & {one.moment_ms - WINDOW_MS, one.moment_ms + WINDOW_MS}) for one in today]
     alone = worth & (chances <= rare)
