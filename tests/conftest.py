@@ -272,9 +272,9 @@ def environment(settings: Settings) -> dict[str, str]:
     return os.environ | given
 
 
-def kill_after(last_words: str, settings: Settings, *arguments: str) -> None:
+def kill_after(last_words: str, settings: Settings, *arguments: str, command_name: str = "run") -> None:
     """Run `personalization run` as a process of its own, and SIGKILL it when its log says `last_words`."""
-    command = [sys.executable, "-m", "personalization", "run", *arguments]
+    command = [sys.executable, "-m", "personalization", command_name, *arguments]
     with subprocess.Popen(command, env=environment(settings), stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:

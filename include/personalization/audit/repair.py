@@ -47,12 +47,13 @@ def repair(scratch: Scratch, stores: Stores, settings: Settings, *, erase: Calla
     work = _Repair(scratch, stores, settings)
     for (user_id,) in scratch.rows("SELECT DISTINCT user_id FROM drift WHERE kind = 'erased_user_left'"):
         erase(user_id)
-    if "generation" in remedies:
-        work.begin_generation()
-    if not remedies & set(_RERUN):
-        return None
-    work.delete_orphans()
-    return work.run()
+    run_id = None
+    if remedies & set(_RERUN):
+        work.delete_orphans()
+        run_id = work.run()
+    if remedies - {"erase"}:
+        work.begin_generation()  # also where the run itself found nothing new: what was cached is of before
+    return run_id
 
 
 class _Repair:

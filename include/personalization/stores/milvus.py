@@ -6,6 +6,7 @@ its name; readers use the aliases `messages`, `users` and `interests`. So vector
 
 import asyncio
 import hashlib
+import logging
 import re
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ _MAX_ID_BYTES = 512  # 128 characters of up to 4 bytes
 _WRITE_ROWS = 1000  # 4 MB of 1024-d vectors: well under gRPC's 64 MB
 _READ_ROWS = 1000
 _PAGE_ROWS = 2000  # some 65 MB of Python's numbers where vectors have 1024 dimensions
+# Milvus Lite knows no time of a read, and each one would say so.
+logging.getLogger("pymilvus.client.iterator.query_iterator").setLevel(logging.ERROR)
 _NOT_LOADED = 101  # Milvus' error code
 _OWN_COLLECTIONS = re.compile(rf"({MESSAGES}|{USERS}|{INTERESTS})_\w+_\d+_[0-9a-f]{{8}}")
 
