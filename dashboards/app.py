@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import streamlit as st
-from components import store, text
+from components import login, store, text
 from personalization.errors import StoreError
 
 NAME = "Personalization Platform"
@@ -18,6 +18,7 @@ page = st.navigation(
             st.Page("views/latency.py", title="Latency", icon=":material/timer:"),
             st.Page("views/anomalies.py", title="Anomalies", icon=":material/warning:"),
             st.Page("views/engagement.py", title="Engagement", icon=":material/favorite:"),
+            st.Page("views/explore.py", title="Explore a user", icon=":material/person_search:"),
         ],
         "Recommendations": [
             st.Page("views/evaluation.py", title="Evaluation", icon=":material/leaderboard:"),
@@ -25,7 +26,16 @@ page = st.navigation(
     }
 )
 st.sidebar.caption(f"Times are in {text.zone()}.")
+if login.is_guarded():
+    st.sidebar.html(f'<a href="{login.LOGOUT}" target="_self">Log out</a>')
 st.title(page.title)
+if login.is_open_to_others():
+    st.error(
+        "Served to other machines, the dashboard asks for a password: start it by "
+        "`streamlit run dashboards/serve.py`, as the README says.",
+        icon=":material/lock:",
+    )
+    st.stop()
 try:
     if store.is_empty():
         st.info(

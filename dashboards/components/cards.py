@@ -1,5 +1,7 @@
 """Pieces that more than one page shows."""
 
+from typing import Literal, NamedTuple
+
 import streamlit as st
 from personalization.quality.anomalies import Anomaly
 from personalization.quality.reports import StageRun
@@ -7,6 +9,31 @@ from personalization.quality.reports import StageRun
 from components import charts, text
 
 RUN_PAGE = "views/runs.py"
+_BADGES: dict[str, tuple[str, Literal["green", "orange", "red", "gray"]]] = {
+    "good": (":material/check_circle:", "green"),
+    "warn": (":material/warning:", "orange"),
+    "bad": (":material/error:", "red"),
+    "unknown": (":material/help:", "gray"),
+}
+
+
+class Verdict(NamedTuple):
+    """How something is."""
+
+    kind: Literal["good", "warn", "bad", "unknown"]
+    text: str
+
+
+def answer(question: str, verdict: Verdict, detail: str, page: str, query: dict[str, str]) -> None:
+    """A question, its answer by sign, colour and words, and a link to where there is more."""
+    icon, color = _BADGES[verdict.kind]
+    with st.container(border=True, height="stretch", gap="small"):
+        st.page_link(
+            page, label=f"**{question}**", icon=":material/arrow_forward:", icon_position="right", query_params=query
+        )
+        st.badge(verdict.text, icon=icon, color=color)
+        if detail:
+            st.caption(detail)
 
 
 def anomaly(shown: Anomaly, runs: int = 1) -> None:
@@ -21,13 +48,16 @@ def anomaly(shown: Anomaly, runs: int = 1) -> None:
             if runs > 1:
                 st.badge(f"{runs} runs", color="gray")
             st.space("stretch")
-            st.page_link(
-                RUN_PAGE,
-                label=f"Run of {text.moment(shown.run_started_at)}",
-                icon=":material/arrow_forward:",
-                icon_position="right",
-                query_params={"run": shown.run_id},
-            )
+            if shown.run_id is None:
+                st.caption(f"Since {text.moment(shown.run_started_at)}", width="content")
+            else:
+                st.page_link(
+                    RUN_PAGE,
+                    label=f"Run of {text.moment(shown.run_started_at)}",
+                    icon=":material/arrow_forward:",
+                    icon_position="right",
+                    query_params={"run": shown.run_id},
+                )
         # Not Markdown: errors hold what users and drivers wrote.
         st.text(shown.evidence)
         st.markdown(f":material/build: {shown.advice}")

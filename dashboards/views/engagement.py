@@ -28,7 +28,7 @@ def totals() -> None:
     """All campaigns in four figures."""
     shown, clicked = sum(one.shown_to for one in campaigns), sum(one.clicked_by for one in campaigns)
     clicks = share(clicked, shown)
-    columns = st.columns(4)
+    columns = st.columns([2, 2, 2, 3])
     columns[0].metric("Campaigns", f"{len(campaigns):,}", border=True)
     columns[1].metric("Active today", f"{sum(one.state(now) == 'active' for one in campaigns):,}", border=True)
     columns[2].metric(
@@ -38,7 +38,7 @@ def totals() -> None:
         help="Of the users who saw a campaign, taken for each campaign on its own.",
     )
     last = max((one.last_at for one in campaigns if one.last_at), default=None)
-    columns[3].metric("Last message", text.moment(text.local_ms(last) if last else None), border=True)
+    columns[3].metric("Last message", f"{text.local_ms(last):%d %b %Y}" if last else "—", border=True)
 
 
 def over_time() -> None:

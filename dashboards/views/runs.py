@@ -14,6 +14,7 @@ STATUS = st.column_config.MultiselectColumn(
 )
 ENDED: dict[str, Literal["success", "failed"]] = {"success": "success", "failed": "failed"}
 ON_PAGE = 25
+FEW = 8
 REASONS = 50
 REASONS_OVER = 10_000
 STAGES, COMPARE, REFUSED, DETAILS = "Stages", "Compare", "Rejected rows", "Details"
@@ -74,7 +75,7 @@ def history(wanted: WantedRuns) -> list[RunSummary]:
             }
             for one in runs
         ],
-        height=320,
+        height=320 if len(runs) > FEW else "auto",
         hide_index=True,
         placeholder="",
         column_config={

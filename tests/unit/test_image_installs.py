@@ -140,7 +140,9 @@ def test_dashboard_image_starts_without_torch_or_airflow(tmp_path: Path):
 
     assert {"streamlit", "personalization-platform"} <= installed
     assert not {"torch", "apache-airflow", "apache-airflow-core"} & installed
-    script = image.app / image.command[2]
+    served = image.app / image.command[2]
+    script = served.with_name("app.py")
+    assert served.exists()
     image.run_python(run_app(script), import_all(script.parent))
 
 

@@ -78,7 +78,7 @@ def app_services(config: StackConfig) -> list[Service]:
         str(config.api_port),
     ]
     dashboard = [
-        *(sys.executable, "-m", "streamlit", "run", "dashboards/app.py"),
+        *(sys.executable, "-m", "streamlit", "run", "dashboards/serve.py"),
         *("--server.address", HOST, "--server.port", str(config.dashboard_port), "--server.headless", "true"),
     ]
     return [
