@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN := $(BIN)/python -m personalization
+# Lineage keeps it with what a run did.
+export CODE_COMMIT ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo stop status logs reset evaluate test lint format bench lock

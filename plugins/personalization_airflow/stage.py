@@ -64,7 +64,9 @@ def stage(name: str) -> Iterator[Stage]:
                 yield Stage(report, staging, settings)
             finally:
                 # Rendered by the task's `map_index_template`.
-                context["summary"] = report.summary  # type: ignore[typeddict-unknown-key]
+                is_mapped = instance.map_index is not None and instance.map_index >= 0
+                told = f"{shard}: {report.summary}" if is_mapped else report.summary
+                context["summary"] = told  # type: ignore[typeddict-unknown-key]
     except (InputError, CatalogError) as error:
         raise AirflowFailException(str(error)) from error
 

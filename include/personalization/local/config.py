@@ -128,6 +128,8 @@ class StackConfig(BaseSettings):
         address = f"http://{HOST}:{self.airflow_port}"
         return {
             "AIRFLOW_HOME": str(home),
+            # Its own default, but for the patience of a writer with another, in seconds.
+            "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home / 'airflow.db'}?timeout=30",
             "AIRFLOW__CORE__DAGS_FOLDER": str(self.project / "dags"),
             "AIRFLOW__CORE__PLUGINS_FOLDER": str(self.project / "plugins"),
             "AIRFLOW__CORE__LOAD_EXAMPLES": "False",

@@ -188,7 +188,7 @@ def record_lineage(
     newest = {(one.stage, one.shard): one for one in _read(folder)}
     for stage, shard in set(failed_tasks):
         report = newest.get((stage, shard))
-        if report is None or report.status == "success":
+        if stage in STAGES and (report is None or report.status == "success"):
             newest[stage, shard] = _ended_unseen(run_id, stage, shard, report)
     by_stage: dict[str, list[StageReport]] = defaultdict(list)
     for key in sorted(newest):
