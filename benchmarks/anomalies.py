@@ -5,27 +5,36 @@ goes through `bursts`. The worlds reported on are none that anything was tuned o
 and get the same rules for what is wrong whatever was before (an empty stage, more than a tenth rejected).
 """
 
+import csv
+import gzip
+import json
 import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from personalization.encoder import get_encoder
+from personalization.local.config import StackConfig
 from personalization.quality.anomalies import record_anomalies
+from personalization.quality.baselines import threshold
 from personalization.quality.traffic import bursts
-from personalization.quality.unusual import ALL_STAGES, BUSY, MORE_REJECTED, RunFigures
+from personalization.quality.unusual import ALL_STAGES, BUSY, MORE_REJECTED, RunFigures, figures_of
+from personalization.quality.unusual import BUDGET as FIGURES_BUDGET
 from personalization.schemas import DAY_MS
-from personalization.sketches import distances
+from personalization.sketches import distances, sketch
 from personalization.stores.analytics import AnalyticsStore, EventRecord, MessageIntent
 from scipy import stats
 from sqlalchemy import create_engine, insert
 
 from benchmarks import api_history
-from benchmarks.run_history import RUN_FAULTS, Fault, SimulatedRun, runs
+from benchmarks.intents import DATA as INTENTS
+from benchmarks.run_history import RUN_FAULTS, START, Fault, SimulatedRun, runs
 
 DATA = Path(__file__).parent
 """Nothing else is needed."""
@@ -37,6 +46,7 @@ API_QUIET_DAYS = 30
 _WORLDS_WITH_FAULTS = 2  # for each quiet one
 _BEFORE = 30  # runs that the plain rules look back on
 _LEVEL = 0.95
+_FIGURES = 25  # that are judged of a run
 
 Alarms = list[set[str]]
 """Of each judged run, what is cried: `kind stage`."""
@@ -156,8 +166,9 @@ def main(results: Path) -> None:
     api = {name: Tally() for name in (OURS, FIXED, SIGMA)}
     for seed in REPORTED_ON:
         judge_api(seed, api)
+    drift = real_drift() if INTENTS.exists() else []
     results.mkdir(parents=True, exist_ok=True)
-    (results / "anomalies.md").write_text(table(tallies, api, tuned, seconds), encoding="utf-8")
+    (results / "anomalies.md").write_text(table(tallies, api, tuned, seconds, drift), encoding="utf-8")
     draw(tallies, api).savefig(results / "anomalies.png", dpi=150)
 
 
@@ -358,10 +369,54 @@ def _api_kind(title: str) -> str:
     return "latency" if "slower" in title else "errors"
 
 
+# --- drift of real messages
+
+
+def real_drift() -> list[tuple[float, float]]:
+    """Share of other messages in a run, and how often that was found: banking77, and more and more of clinc150.
+
+    Days differ in what is asked: the shares of the intents are drawn anew each day. Of each share 40 runs.
+    """
+    settings = StackConfig().settings()
+    encoder = get_encoder(settings.embedding_model, settings.embedding_dim, settings.embedding_batch_size)
+    draw = np.random.default_rng(11)
+    with (INTENTS / "banking77_train.csv").open(encoding="utf-8", newline="") as file:
+        rows = [(row["text"], row["category"]) for row in csv.DictReader(file)]
+    rows = [rows[at] for at in draw.permutation(len(rows))[:4000]]
+    with gzip.open(INTENTS / "clinc150_train_val.json.gz", "rt", encoding="utf-8") as stream:
+        others = [text for text, _ in json.load(stream)["val"]]
+    others = [others[at] for at in draw.permutation(len(others))[:1000]]
+    known, foreign = encoder.encode([text for text, _ in rows]), encoder.encode(others)
+    labels = np.array([label for _, label in rows])
+    by_intent = [np.flatnonzero(labels == one) for one in sorted(set(labels))]
+
+    def run(day: int, share: float) -> RunFigures:
+        other = int(600 * share)
+        counts = draw.multinomial(600 - other, draw.dirichlet(np.full(len(by_intent), 5.0)))
+        some = np.concatenate([draw.choice(one, count) for one, count in zip(by_intent, counts, strict=True)])
+        vectors = np.concatenate([known[some], foreign[draw.choice(len(foreign), other)]])
+        moment = START + timedelta(days=day)
+        return RunFigures(f"scheduled__{day}", moment, {}, True, sketch(vectors), "model")
+
+    found = []
+    for share in (0.0, 0.1, 0.2, 0.3, 0.5):
+        before = [run(day, 0.0) for day in range(WARM_UP)]
+        line = threshold(FIGURES_BUDGET / (_FIGURES * 30))
+        figures = [one for _ in range(40) for one in figures_of(run(WARM_UP, share), before)]
+        found.append((share, float(np.mean([one.worth_a_look and one.score > line for one in figures]))))
+    return found
+
+
 # --- the report
 
 
-def table(tallies: dict[str, Tally], api: dict[str, Tally], tuned: dict[str, float], seconds: Sequence[float]) -> str:
+def table(
+    tallies: dict[str, Tally],
+    api: dict[str, Tally],
+    tuned: dict[str, float],
+    seconds: Sequence[float],
+    drift: Sequence[tuple[float, float]],
+) -> str:
     """The results as Markdown."""
     strict = ", ".join(f"{name.partition(',')[0]}: {value:g}" for name, value in tuned.items())
     head = f"""# Anomalies
@@ -396,6 +451,13 @@ factors). *Tuned*: the same made as strict as it must be for one false alarm a q
     faults = list(api[OURS].found)
     lines += [f"| {one} | {' | '.join(f'{np.mean(each.found[one]):.0%}' for each in api.values())} |" for one in faults]
     lines += _summary(api)
+    if drift:
+        told = ", ".join(f"{share:.0%}: {found:.0%}" for share, found in drift)
+        lines += [
+            "",
+            "Drift of real messages: runs of 600 of banking77 whose mix of intents changes daily, and a share of other",
+            f"messages, of clinc150. Share of other messages, and of 40 such runs each those found: {told}.",
+        ]
     about = ", ".join(f"{name} {count}" for name, count in tallies[OURS].about.most_common()) or "none"
     lines += [
         "",

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-FEATURES = 64
-"""Numbers kept of a run: about 0.5 KB."""
+FEATURES = 128
+"""Numbers kept of a run: about 1 KB."""
 SAMPLE = 2000
 """Vectors looked at; at 1,024 dimensions they cost some 10 ms."""
 _SEED = 7
-_BANDWIDTH = 0.7  # vectors have the length 1, so that two unlike ones are 1.4 apart
+_BANDWIDTH = 1.5  # vectors have the length 1, so that two unlike ones are 1.4 apart
 
 Floats = np.ndarray[Any, np.dtype[np.floating[Any]]]
 

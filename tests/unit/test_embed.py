@@ -200,7 +200,7 @@ def test_the_report_of_a_shard_says_how_it_was_embedded(encoder: Encoder, stagin
 
     assert (report.rows_in, report.rows_out) == (len(TEXTS), len(TEXTS))
     summary = report.details.pop("sketch")
-    assert (summary["vectors"], len(summary["mean"])) == (len(TEXTS), 64)
+    assert (summary["vectors"], len(summary["mean"])) == (len(TEXTS), 128)
     assert report.details == {
         "model": MODEL,
         "dim": DIM,

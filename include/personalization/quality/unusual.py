@@ -44,7 +44,7 @@ _VOLUME = 2.0
 _MORE_REJECTED = 0.03
 _OTHERS_APART = 0.1
 _BUSIER = 3.0
-_DRIFT = 0.1
+_DRIFT = 0.02
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ def _drift(run: RunFigures, before: Sequence[RunFigures]) -> list[Figure]:
     counts = np.array([one.vectors for one in some], dtype=float)
     found = np.sqrt(distances(means, counts, np.median(means[:-1], axis=0)).clip(0))
     days = np.array([one.day for one in past])
-    expected = expect_level(days, found[:-1], run.day, floor=0.02)
+    expected = expect_level(days, found[:-1], run.day, floor=0.006)
     value = float(found[-1])
     return [Figure("drift", "embed", value, expected, value - expected.middle > _DRIFT)]
 
@@ -382,8 +382,8 @@ def _other(run: RunFigures, figure: Figure) -> Anomaly:
 def _drifted(run: RunFigures, figure: Figure) -> Anomaly:
     usual = figure.expected.middle
     evidence = (
-        f"The messages' vectors lie {figure.value:.2f} from the runs before (maximum mean discrepancy), "
-        f"usually {usual:.2f}."
+        f"The messages' vectors lie {figure.value:.3f} from the runs before (maximum mean discrepancy), "
+        f"usually {usual:.3f}."
     )
     advice = (
         "Read some messages of the run: another language, channel or template? If the texts are as ever, "
