@@ -1,7 +1,7 @@
 """The platform's stores, with clients from the Airflow connections `*_default`."""
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 from airflow.providers.mongo.hooks.mongo import MongoHook
 from airflow.providers.neo4j.hooks.neo4j import Neo4jHook
@@ -13,6 +13,7 @@ from personalization.stores.cache import CachePublisher
 from personalization.stores.milvus import VectorStore, milvus_errors
 from personalization.stores.mongo import MongoStore, mongo_errors
 from personalization.stores.neo4j import GraphStore, neo4j_errors
+from personalization.stores.together import Stores
 
 from personalization_airflow.milvus import MilvusHook
 
@@ -51,6 +52,19 @@ def cache_publisher() -> Iterator[CachePublisher]:
     """Redis by `redis_default`."""
     with closing(RedisHook().get_conn()) as client:  # type: ignore[no-untyped-call]
         yield CachePublisher(client)
+
+
+@contextmanager
+def all_stores(settings: Settings) -> Iterator[Stores]:
+    """All five."""
+    with ExitStack() as stack:
+        yield Stores(
+            mongo=stack.enter_context(mongo_store(settings)),
+            vectors=stack.enter_context(vector_store()),
+            graph=stack.enter_context(graph_store(settings)),
+            analytics=stack.enter_context(analytics_store(settings)),
+            cache=stack.enter_context(cache_publisher()),
+        )
 
 
 @contextmanager

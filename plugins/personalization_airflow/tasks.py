@@ -290,6 +290,35 @@ def sweep_erasures() -> dict[str, int]:
     return {"open": len(receipts), "settled": sum(one.settled_at is not None for one in receipts)}
 
 
+def audit_stores() -> dict[str, int]:
+    """Compare the stores, with `repair` mend them; fails where drift is left, which no retry would change.
+
+    Returns the cases found, by kind.
+    """
+    from airflow.sdk import get_current_context
+    from airflow.sdk.exceptions import AirflowFailException
+    from personalization.audit.command import audit
+
+    from personalization_airflow.stage import run_settings
+    from personalization_airflow.stores import all_stores, places
+
+    context = get_current_context()
+    settings = run_settings()
+    with all_stores(settings) as stores, places(settings) as erasing:
+        report = audit(
+            stores,
+            settings,
+            places=erasing,
+            repair=bool(context["params"]["repair"]),
+            audit_id=str(context["run_id"]),
+        )
+    if report.status == "drift":
+        left = [one for one in report.findings if one.left != 0]
+        words = "; ".join(f"{one.kind.title}: {one.count if one.left is None else one.left:,}" for one in left)
+        raise AirflowFailException(f"the stores do not agree. {words}. The dashboard's page Audit says what to do")
+    return {one.kind.name: one.count for one in report.findings}
+
+
 def watch_api() -> dict[str, int]:
     """Keep what the API's counters rose by; return the requests since the last time, and what was odd today.
 

@@ -39,6 +39,7 @@ campaigns:
   - {id: savings_booster, name: Savings booster, intents: [travel]}
 """
 MESSAGES_TAKEN = 120
+CLICKED_AT: Any = "2026-11-01T09:00:00Z"
 MARIA = "s-0002"  # who asks for flights in it
 
 
@@ -70,7 +71,7 @@ class World:
         return VectorSpace(self.settings.embedding_model, self.settings.embedding_dim).collection(alias)
 
     def row(self, alias: str, row_id: str) -> dict[str, Any]:
-        return self.stores.milvus.get(self.collection(alias), ids=[row_id], output_fields=["*"])[0]
+        return dict(self.stores.milvus.get(self.collection(alias), ids=[row_id], output_fields=["*"])[0])
 
     def scale(self, alias: str, row_id: str, factor: float) -> None:
         row = self.row(alias, row_id)
@@ -146,7 +147,7 @@ def test_healthy_stores_agree_also_where_rows_were_refused_and_after_a_second_ru
 
 
 def test_events_that_wait_and_messages_of_a_run_at_work_are_no_drift(world: World) -> None:
-    event = Event(user_id="maria", campaign_id="savings_booster", event="click", timestamp="2026-11-01T09:00:00Z")
+    event = Event(user_id="maria", campaign_id="savings_booster", event="click", timestamp=CLICKED_AT)
     origin: Origin = {"run_id": None, "attempt": 0, "source": {"uri": "api"}}
     world.stores.mongo.events.insert_one(event_document(event, origin))
     world.stores.mongo.runs.insert_one({"_id": "at work"})

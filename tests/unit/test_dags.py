@@ -183,6 +183,18 @@ def test_the_api_is_watched_every_five_minutes_by_one_task(dagbag: Any):
     assert (task.task_id, task.execution_timeout) == ("watch_api", timedelta(minutes=4))
 
 
+# --- the audit
+
+
+def test_the_audit_is_one_task_after_each_publish_and_by_hand(dagbag: Any):
+    audit = dagbag.dags["store_audit"]
+
+    assert [one.name for one in audit.timetable.asset_condition.objects] == ["personalization_serving"]
+    assert audit.params["repair"] is False
+    [task] = audit.tasks
+    assert task.task_id == "audit_stores"
+
+
 # --- the maintenance
 
 
