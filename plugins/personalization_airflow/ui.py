@@ -69,12 +69,17 @@ class PersonalizationPlugin(AirflowPlugin):
     """Read by Airflow's API server, which shows the links, and by its scheduler, which calls the listener."""
 
     name = "personalization"
+    # With a route each is a page within Airflow: a link that leads out would be a button that does nothing (3.3.2).
     external_views = [  # noqa: RUF012 - as Airflow declares it
-        {"name": "Dashboard", "href": dashboard_page("", ""), "destination": "nav"},
-        # With a route it is a tab of the run; Airflow fills in which run.
         {
             "name": "Dashboard",
-            "href": f"{dashboard_page('', '')}runs?run={{RUN_ID}}&embed=true",
+            "href": f"{dashboard_page('', '')}?embed=true",
+            "destination": "nav",
+            "url_route": "personalization",
+        },
+        {
+            "name": "Dashboard",
+            "href": f"{dashboard_page('', '')}runs?run={{RUN_ID}}&embed=true",  # Airflow fills in which run
             "destination": "dag_run",
             "url_route": "personalization-run",
         },

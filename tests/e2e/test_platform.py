@@ -3,10 +3,13 @@
 import gzip
 import io
 import json
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -28,11 +31,40 @@ PATIENCE_S = 240
 PATIENCE_MS = 60_000
 
 
+class Receiver(ThreadingHTTPServer):
+    """A server that takes OpenLineage's events, and the messages of a Slack-compatible webhook."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.messages: list[str] = []
+        receiver = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                is_zipped = self.headers["Content-Encoding"] == "gzip"
+                content = json.loads(gzip.decompress(body) if is_zipped else body)
+                if self.path.startswith("/hooks/"):
+                    receiver.messages.append(content["text"])
+                else:
+                    receiver.events.append(content)
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(b"ok")
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
 class Platform:
     """A running stack, and what its users see of it."""
 
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: Stack, receiver: Receiver) -> None:
         self.stack = stack
+        self.receiver = receiver
         self.airflow_url = f"http://127.0.0.1:{stack.config.airflow_port}"
         self.api_url = f"http://127.0.0.1:{stack.config.api_port}"
         self.dashboard_url = f"http://127.0.0.1:{stack.config.dashboard_port}"
@@ -79,11 +111,23 @@ class Platform:
 
 
 @pytest.fixture(scope="module")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    stack = Stack(stack_config(tmp_path_factory.mktemp("platform") / "stack"))
-    stack.start(print)
-    yield Platform(stack)
-    stack.stop()
+def receiver() -> Iterator[Receiver]:
+    with Receiver() as receiver:
+        threading.Thread(target=receiver.serve_forever, daemon=True).start()
+        yield receiver
+        receiver.shutdown()
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory: pytest.TempPathFactory, receiver: Receiver) -> Iterator[Platform]:
+    webhook = {"conn_type": "slackwebhook", "host": f"{receiver.url}/hooks", "password": "T0/B0/secret"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENLINEAGE_URL", receiver.url)
+        patch.setenv("AIRFLOW_CONN_PERSONALIZATION_WEBHOOK", json.dumps(webhook))
+        stack = Stack(stack_config(tmp_path_factory.mktemp("platform") / "stack"))
+        stack.start(print)
+        yield Platform(stack, receiver)
+        stack.stop()
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +175,41 @@ def test_lineage_has_a_row_for_every_stage_with_its_figures(platform: Platform, 
     assert {row.status for row in rows.values()} == {"success"}
     assert rows["ingest"].rows_in == rows["ingest"].rows_out == rows["upsert_vectors"].rows_out == total
     assert platform.messages() == total
+
+
+def test_airflow_says_of_the_run_and_of_each_task_what_it_did(platform: Platform, demo_output: str) -> None:
+    run_id = manual_run(platform)
+    total = len(json.loads(SAMPLE.read_text()))
+    events = len(SAMPLE_EVENTS.read_text().splitlines()) - 1
+
+    run = platform.airflow.get(f"/dags/{DAG_ID}/dagRuns/{run_id}").raise_for_status().json()
+    tasks = platform.airflow.get(f"/dags/{DAG_ID}/dagRuns/{run_id}/taskInstances", params={"limit": 100}).json()
+    links = platform.airflow.get(f"/dags/{DAG_ID}/dagRuns/{run_id}/taskInstances/ingest/links").json()
+    served = platform.airflow.get("/assets/events", params={"source_dag_id": DAG_ID, "source_run_id": run_id}).json()
+
+    assert run["note"] == f"Lineage: messages: {total} in; events: {events} in"
+    shown = {one["task_id"]: one["rendered_map_index"] for one in tasks["task_instances"]}
+    assert (shown["ingest"], shown["embed"]) == (f"{total} in", f"0: {total} in")
+    page = f"{platform.dashboard_url}/runs?run={quote(run_id, safe='')}"
+    assert links["extra_links"] == {"Run on the dashboard": page}
+    [extra] = [one["extra"] for one in served["asset_events"] if one["name"] == "personalization_serving"]
+    assert extra["messages"] == total
+
+
+def test_openlineage_gets_the_run_with_the_stores_datasets(platform: Platform, demo_output: str) -> None:
+    collection = f"mongodb://127.0.0.1:{platform.stack.config.mongodb_port}", "personalization.conversations"
+    done = [one for one in platform.receiver.events if one["eventType"] == "COMPLETE"]
+
+    def datasets(stage: str, side: str) -> set[tuple[str, str]]:
+        events = [one for one in done if one["job"]["name"] == f"{DAG_ID}.{stage}"]
+        assert events, stage
+        return {(dataset["namespace"], dataset["name"]) for event in events for dataset in event[side]}
+
+    assert collection in datasets("ingest", "outputs")
+    assert collection in datasets("upsert_vectors", "inputs")
+    assert any(name.startswith("messages_") for _, name in datasets("upsert_vectors", "outputs"))
+    assert {name for _, name in datasets("publish", "outputs")} == {"served", "generation"}
+    assert any(one["job"]["name"] == DAG_ID for one in done)
 
 
 def test_the_api_answers_with_reasons_after_the_run(platform: Platform, demo_output: str) -> None:
@@ -187,6 +266,9 @@ def test_a_failed_task_fails_the_demo_with_its_name_and_log_and_lineage_says_why
     assert rows["ingest"].status == "failed"
     assert "user_id: Field required" in rows["ingest"].error
     assert rows["publish"].status == "not_run"
+    [told] = [one for one in platform.receiver.messages if run_id in one]
+    assert told.startswith(f"*{DAG_ID}: ingest failed*")
+    assert "RejectRatioExceededError" in told
 
 
 def test_a_conf_that_breaks_the_schema_is_refused_at_the_door(platform: Platform, demo_output: str) -> None:
@@ -223,6 +305,26 @@ def test_a_trigger_from_the_form_runs_green(platform: Platform, demo_output: str
         expect(page.get_by_text("record_lineage").first).to_be_visible(timeout=PATIENCE_MS)
         page.wait_for_timeout(3000)  # the graph is laid out after it is there
         page.screenshot(path=ARTIFACTS / "airflow-graph.png")
+
+
+@needs_browser
+def test_the_dashboard_is_in_airflow_s_navigation_and_a_tab_of_each_run(platform: Platform, demo_output: str) -> None:
+    run_id = next(run["dag_run_id"] for run in platform.runs() if "Lineage: messages" in (run["note"] or ""))
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1440, "height": 1000})
+        page.goto(f"{platform.airflow_url}/dags/{DAG_ID}/runs/{quote(run_id, safe='')}")
+        expect(page.get_by_text("Lineage: messages").first).to_be_visible(timeout=PATIENCE_MS)
+        page.locator("a[href$='/plugin/personalization-run']").click()
+        shown = page.frame_locator("iframe").get_by_role("heading", name="Runs")
+        expect(shown).to_be_visible(timeout=PATIENCE_MS)
+        expect(page.frame_locator("iframe").get_by_text(run_id).first).to_be_visible(timeout=PATIENCE_MS)
+        page.screenshot(path=ARTIFACTS / "airflow-run-dashboard.png")
+        page.goto(f"{platform.airflow_url}/dags/{DAG_ID}/runs/{quote(run_id, safe='')}/tasks/ingest/details")
+        expect(page.get_by_role("link", name="Run on the dashboard")).to_be_visible(timeout=PATIENCE_MS)
+        page.screenshot(path=ARTIFACTS / "airflow-task-link.png")
+        page.locator("a[href='/plugin/personalization']").click()
+        overview = page.frame_locator("iframe").get_by_role("heading", name="Overview")
+        expect(overview).to_be_visible(timeout=PATIENCE_MS)
 
 
 @needs_browser
