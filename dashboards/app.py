@@ -17,6 +17,7 @@ page = st.navigation(
             st.Page("views/runs.py", title="Runs", icon=":material/account_tree:"),
             st.Page("views/latency.py", title="Latency", icon=":material/timer:"),
             st.Page("views/anomalies.py", title="Anomalies", icon=":material/warning:"),
+            st.Page("views/audit.py", title="Audit", icon=":material/fact_check:"),
             st.Page("views/engagement.py", title="Engagement", icon=":material/favorite:"),
             st.Page("views/explore.py", title="Explore a user", icon=":material/person_search:"),
         ],

@@ -15,7 +15,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
-from streamlit import config, runtime
+from streamlit import config, context
 
 COOKIE = "personalization_dashboard"
 LOGIN, LOGOUT = "/login", "/logout"
@@ -142,8 +142,11 @@ def is_guarded() -> bool:
 
 
 def is_open_to_others() -> bool:
-    """Whether the pages are served beyond this machine without a password, as by another command than documented."""
-    return runtime.exists() and not _guarded and not _is_loopback(config.get_option("server.address"))
+    """Whether somebody on another machine looks without a password, as after another command than the documented."""
+    try:
+        return not _guarded and not ip_address(context.ip_address or "127.0.0.1").is_loopback
+    except ValueError:  # tests run the pages without a server
+        return False
 
 
 def _is_loopback(address: str | None) -> bool:

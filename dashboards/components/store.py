@@ -6,7 +6,7 @@ from typing import Any
 
 import streamlit as st
 from personalization.errors import StoreError
-from personalization.quality import anomalies, engagement, provenance, reports, traffic, users
+from personalization.quality import anomalies, audits, engagement, provenance, reports, traffic, users
 from personalization.quality.provenance import Trace
 from personalization.schemas import Acknowledgement
 from personalization.settings import get_settings
@@ -33,6 +33,8 @@ category_engagement = _cached(reports.category_engagement)
 top_users = _cached(reports.top_users)
 latest_evaluation = _cached(reports.latest_evaluation)
 evaluation_history = _cached(reports.evaluation_history)
+latest_audits = _cached(audits.latest_audits)
+findings_of_audit = _cached(audits.findings_of)
 intents_of_messages = _cached(users.intents_of_messages)
 targets_of = _cached(users.targets_of)
 

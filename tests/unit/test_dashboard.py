@@ -45,7 +45,7 @@ def _use(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     st.cache_resource.clear()
 
 
-def open_page(name: str, **query: str) -> AppTest:
+def open_page(name: str, /, **query: str) -> AppTest:
     app = AppTest.from_file(APP, default_timeout=60).run()
     for key, value in query.items():
         app.query_params[key] = value
