@@ -27,7 +27,7 @@ def finding(shown: Finding) -> None:
             st.badge(f"{text.count(shown.count)} found", color="gray")
             if shown.left:
                 st.badge(f"{text.count(shown.left)} left", color="red")
-        st.text(shown.meaning)
+        st.markdown(shown.meaning)
         if shown.is_left:
             st.markdown(f":material/build: {shown.advice}.".replace("..", "."))
         st.dataframe(
@@ -71,8 +71,8 @@ else:
     st.success(f"{title}.", icon=icon)
 
 columns = st.columns(4)
-columns[0].metric("Compared", text.moment(shown.started_at), border=True)
-columns[1].metric("Took", text.duration(shown.seconds), border=True)
+columns[0].metric("Took", text.duration(shown.seconds), border=True)
+columns[1].metric("Kinds of drift", text.count(shown.findings), border=True)
 columns[2].metric("Cases found", text.count(shown.drift), border=True)
 columns[3].metric("Cases left", text.count(shown.left), border=True)
 if shown.in_flux:
@@ -84,7 +84,7 @@ if shown.in_flux:
 for one in store.findings_of_audit(engine, shown.audit_id):
     finding(one)
 
-st.subheader("What was compared")
+st.header("What was compared")
 st.caption("Ids, edges and vectors that were read, each once.")
 st.dataframe(
     [
@@ -97,7 +97,7 @@ st.dataframe(
     alt="Rows read, by store",
 )
 
-st.subheader("Audits before")
+st.header("Audits before")
 st.dataframe(
     [
         {

@@ -131,15 +131,15 @@ def rows(some: list[CampaignEngagement]) -> list[dict[str, object]]:
 
 
 totals()
-st.subheader("Over time")
+st.header("Over time")
 over_time()
-st.subheader("From seen to converted")
+st.header("From seen to converted")
 funnel()
-st.subheader("Who comes back")
+st.header("Who comes back")
 cohorts()
-st.subheader("What users speak about")
+st.header("What users speak about")
 mentions()
-st.subheader("All campaigns")
+st.header("All campaigns")
 st.dataframe(
     [row | {"State": [row["State"]]} for row in rows(campaigns)],
     hide_index=True,

@@ -46,25 +46,25 @@ st.caption(
     f"over users."
 )
 
-st.subheader("Policies")
+st.header("Policies")
 st.plotly_chart(charts.policies(ranking), alt="NDCG@10 of each policy, and how far the shipped one is ahead")
 
-st.subheader("Cold and warm users")
+st.header("Cold and warm users")
 st.caption("Cold: at most one message and no engagement were known.")
 st.plotly_chart(
     charts.segments(latest.of("ndcg@10", "cold"), latest.of("ndcg@10", "warm")),
     alt="NDCG@10 of each policy for cold and for warm users",
 )
 
-st.subheader("Over time")
-st.caption(f"Beside `{BASELINE}`, for weeks differ in how hard they are: what counts is the gap.")
+st.header("Over time")
+st.caption(f"Beside *{BASELINE}*, for weeks differ in how hard they are: what counts is the gap.")
 history = store.evaluation_history(engine, latest.task, (SHIPPED, BASELINE), EVALUATIONS)
 st.plotly_chart(charts.evaluations(history), alt="NDCG@10 over the evaluations")
 
 figures = {metric: {one.policy: one for one in latest.of(metric)} for metric in (*METRICS, *CALIBRATION)}
 calibrated = [one.policy for one in ranking if one.policy in figures["brier"]]
 if calibrated:
-    st.subheader("Calibration")
+    st.header("Calibration")
     st.caption("How far the learned rankers' probabilities are from what then happened.")
     st.dataframe(
         [
@@ -76,7 +76,7 @@ if calibrated:
         alt="Calibration of the learned rankers",
     )
 
-st.subheader("All metrics")
+st.header("All metrics")
 st.dataframe(
     [{"Policy": one.policy} | {metric: figures[metric][one.policy].mean for metric in METRICS} for one in ranking],
     hide_index=True,

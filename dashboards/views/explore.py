@@ -70,7 +70,7 @@ def show_recommendations(user_id: str) -> None:
         st.info("Nothing is shown to this user. *Why not?* says what is held back.", icon=":material/block:")
         return
     st.plotly_chart(charts.reasons(answer["recommendations"]), alt="How much each source speaks for each campaign")
-    st.caption(f"Ranked by `{answer['policy']}`. The lengths are shares of the score.")
+    st.caption(f"Ranked by {_plain(answer['policy'])}. The lengths are shares of the score.")
     for one in answer["recommendations"]:
         with st.expander(
             f"{one['position']}. {_plain(one['name'])} · {one['score']:.2f}",

@@ -59,11 +59,11 @@ def pipeline() -> None:
     if not timings:
         st.info("No stage has succeeded yet. Run `make demo` and reload this page.", icon=":material/rocket_launch:")
         return
-    st.subheader("Where the time goes" if shown == SECONDS else "How fast the slowest stages are")
+    st.header("Where the time goes" if shown == SECONDS else "How fast the slowest stages are")
     figure = charts.seconds_by_stage(timings) if shown == SECONDS else charts.throughput_by_stage(timings)
     st.plotly_chart(figure, alt=f"{shown} of the stages, run by run")
 
-    st.subheader("The last run, stage by stage")
+    st.header("The last run, stage by stage")
     stages = list(dict.fromkeys(one.stage for one in sorted(timings, key=lambda one: one.position)))
     for first in range(0, len(stages), TILES_IN_A_ROW):
         row = stages[first : first + TILES_IN_A_ROW]
@@ -97,21 +97,21 @@ def api() -> None:
     counts = store.counts_over_time(engine, since_ms, step_ms)
     tiles(steps, {one: sum(each.count for each in counts if each.name == one) for one in ("hit", "stale", "miss")})
 
-    st.subheader("How long answers took")
+    st.header("How long answers took")
     st.caption("Percentiles, interpolated within the API's buckets as Prometheus does. The scale is logarithmic.")
     st.plotly_chart(timelines.latency(steps), alt="Percentiles of the time that the API took to answer")
     left, right = st.columns(2, gap="large")
     with left:
-        st.subheader("Requests")
+        st.header("Requests")
         st.plotly_chart(timelines.requests(steps, step_ms, datetime.now(UTC)), alt="Requests per second")
     with right:
-        st.subheader("Failed requests")
+        st.header("Failed requests")
         st.plotly_chart(timelines.errors(steps), alt="Share of the requests that failed")
     with left:
-        st.subheader("Where answers came from")
+        st.header("Where answers came from")
         st.plotly_chart(timelines.answers(counts), alt="Answers from the cache and made anew, in percent")
     with right:
-        st.subheader("Answers that lacked a store")
+        st.header("Answers that lacked a store")
         lacking = [one for one in counts if one.name.startswith("degraded:")]
         if lacking:
             st.plotly_chart(timelines.degraded(lacking), alt="Degraded answers by the store that was missing")

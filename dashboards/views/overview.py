@@ -15,7 +15,7 @@ SHOWN = 5
 MANY = 20  # clicks in a week; of fewer a fall may be chance
 LATE = timedelta(hours=36)
 WEEK = timedelta(days=7)
-AUDIT_PAGE = "views/anomalies.py"
+AUDIT_PAGE = "views/audit.py"
 
 engine = store.engine()
 now = datetime.now(UTC)
@@ -64,9 +64,9 @@ def audit_answer(audit: AuditVerdict | None, totals: Totals | None) -> None:
         }[audit.status]
         detail = f"Compared {text.moment(audit.finished_at)}."
     elif totals and totals.messages is not None and totals.messages == totals.vectors:
-        verdict, detail = cards.Verdict("good", "same counts"), "Never compared by set: run the DAG `store_audit`."
+        verdict, detail = cards.Verdict("good", "same counts"), "Never compared by set: run the DAG *store_audit*."
     else:
-        verdict, detail = cards.Verdict("unknown", "not compared"), "The DAG `store_audit` compares them."
+        verdict, detail = cards.Verdict("unknown", "not compared"), "The DAG *store_audit* compares them."
     cards.answer("The stores", verdict, detail, AUDIT_PAGE, {})
 
 
@@ -110,7 +110,7 @@ with columns[2]:
 with columns[3]:
     engagement_answer(store.events_by_day(engine, fortnight))
 
-st.subheader("What needs attention")
+st.header("What needs attention")
 if audit and audit.titles:
     st.error(f"The stores disagree: {'; '.join(audit.titles[:SHOWN])}.", icon=":material/sync_problem:")
 for one in current[:SHOWN]:
@@ -120,13 +120,13 @@ if not current and not (audit and audit.titles):
 if (more := len(current) - SHOWN) > 0:
     st.page_link("views/anomalies.py", label=f"{more} more", icon=":material/arrow_forward:")
 
-st.subheader("The last run")
+st.header("The last run")
 cards.run_chart(store.stages_of_run(engine, last.run_id))
 
-st.subheader("Rows by run")
+st.header("Rows by run")
 st.plotly_chart(charts.rows_by_run(runs), alt="Rows staged, skipped and rejected by each of the latest runs")
 
-st.subheader("What is stored")
+st.header("What is stored")
 if totals:
     tiles = {
         "Messages in MongoDB": totals.messages,

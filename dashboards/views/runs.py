@@ -251,7 +251,7 @@ runs = history(wanted_runs())
 newest = store.latest_runs(engine, ON_PAGE)
 run_id = st.query_params.get("run") or (runs or newest)[0].run_id
 stages = store.stages_of_run(engine, run_id)
-st.subheader("One run")
+st.header("One run")
 if not stages:
     st.info("There is no such run. Select one above.", icon=":material/search_off:")
     st.stop()
