@@ -8,7 +8,7 @@ only after the audit began, is *in flux*: it is read, but not judged.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -408,18 +408,27 @@ def _words(intents: dict[str, float]) -> str:
 
 def _pairs(rows: Sequence[Sequence[Any]]) -> list[Row]:
     """Edges as (user, other end, count, moment)."""
-    return [(f"{user} → {other}", user, f"count {count}, last {at}") for user, other, count, at in rows]
+    return [(f"{user} → {other}", user, f"count {count}, last {_moment(at)}") for user, other, count, at in rows]
 
 
 def _engagement(row: Engagement) -> Row:
     """All that is counted or dated. A weight depends on the half-life that was set when it was made."""
     counted = row.model_dump(exclude={"user_id", "campaign_id", "weight"})
-    words = ", ".join(f"{name} {value}" for name, value in counted.items() if value)
+    dated = {name: _moment(value) if name.endswith("_at") else value for name, value in counted.items() if value}
+    words = ", ".join(f"{name} {value}" for name, value in dated.items())
     return f"{row.user_id} → {row.campaign_id}", row.user_id, words or "nothing"
 
 
+def _moment(epoch_ms: Any) -> str:
+    """To the millisecond, UTC; what is none, as it is: a store may hold anything."""
+    try:
+        return datetime.fromtimestamp(epoch_ms / 1000, UTC).isoformat(" ", "milliseconds").removesuffix("+00:00")
+    except (TypeError, ValueError, OverflowError, OSError):
+        return str(epoch_ms)
+
+
 def _event(event_id: str, row: Mapping[str, Any]) -> Row:
-    who, when = f"{row['user_id']} {row['event']} {row['campaign_id']}", f"at {row['timestamp']}"
+    who, when = f"{row['user_id']} {row['event']} {row['campaign_id']}", f"at {_moment(row['timestamp'])}"
     return event_id, row["user_id"], f"{who} {when}, place {row['position']} of {row['policy']}, {row['propensity']}"
 
 
