@@ -133,9 +133,12 @@ def test_a_person_of_the_sample_is_gone_from_everywhere_and_others_are_untouched
         name: had[name] for name in ("messages", "users", "interests")
     }
     assert removed(receipt)["neo4j"] == {"nodes": 1, "edges": had["edges"]}
-    assert removed(receipt)["analytics"] == {
-        name: had[f"sql {name}"] for name in ("message_intents", "events", "user_engagement")
-    } | {"audit_samples": 0}
+    analytics = removed(receipt)["analytics"]
+    assert analytics.pop("user_weeks") > 0
+    assert analytics == {name: had[f"sql {name}"] for name in ("message_intents", "events", "user_engagement")} | {
+        "audit_samples": 0,
+        "anomalies": 0,
+    }
     assert removed(receipt)["redis"] == {"answers": 2}
     assert removed(receipt)["staging"] == {"rows": had["staged"]}
     assert left("maria", stores) == {}
