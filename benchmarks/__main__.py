@@ -4,13 +4,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import anomalies, dashboard, ingest, intents, recommendation, serving
+from benchmarks import anomalies, audit, dashboard, ingest, intents, recommendation, serving
 
 MESSAGES = 10_000
 RESULTS = Path(__file__).parent / "results"
 BENCHMARKS: dict[str, tuple[Path, Callable[[], None]]] = {
     "dashboard": (RESULTS, lambda: dashboard.main(RESULTS)),
     "anomalies": (anomalies.DATA, lambda: anomalies.main(RESULTS)),
+    "audit": (audit.DATA, lambda: audit.main(RESULTS)),
     "ingest": (ingest.DATA, lambda: ingest.main(MESSAGES, RESULTS)),
     "intents": (intents.DATA, lambda: intents.main(RESULTS)),
     "recommendation": (recommendation.REDIAL, lambda: recommendation.main(RESULTS)),
