@@ -6,8 +6,9 @@ from datetime import UTC, datetime, timedelta
 import streamlit as st
 from components import cards, charts, store, text
 from personalization.quality.anomalies import Anomaly
+from personalization.quality.audits import Audit
 from personalization.quality.engagement import DayOfEvents
-from personalization.quality.reports import AuditVerdict, RunSummary, Totals
+from personalization.quality.reports import RunSummary, Totals
 
 RUNS = 30
 NEWEST = 200
@@ -54,7 +55,7 @@ def anomaly_answer(current: Sequence[Anomaly], earlier: int) -> None:
     )
 
 
-def audit_answer(audit: AuditVerdict | None, totals: Totals | None) -> None:
+def audit_answer(audit: Audit | None, totals: Totals | None) -> None:
     """Do the stores agree?"""
     if audit is not None:
         verdict = {
@@ -88,7 +89,8 @@ def engagement_answer(events: Sequence[DayOfEvents]) -> None:
 
 runs = store.latest_runs(engine, RUNS)
 totals = store.latest_totals(engine)
-audit = store.latest_audit(engine)
+audit = next(iter(store.latest_audits(engine, 1)), None)
+left = [one.title for one in store.findings_of_audit(engine, audit.audit_id) if one.is_left] if audit else []
 last = runs[0]
 found = store.find_anomalies(engine, RUNS)
 of_api = [
@@ -111,11 +113,11 @@ with columns[3]:
     engagement_answer(store.events_by_day(engine, fortnight))
 
 st.header("What needs attention")
-if audit and audit.titles:
-    st.error(f"The stores disagree: {'; '.join(audit.titles[:SHOWN])}.", icon=":material/sync_problem:")
+if left:
+    st.error(f"The stores disagree: {'; '.join(left[:SHOWN])}.", icon=":material/sync_problem:")
 for one in current[:SHOWN]:
     cards.anomaly(one)
-if not current and not (audit and audit.titles):
+if not current and not left:
     st.success("Nothing is wrong with the last run.", icon=":material/check_circle:")
 if (more := len(current) - SHOWN) > 0:
     st.page_link("views/anomalies.py", label=f"{more} more", icon=":material/arrow_forward:")

@@ -9,8 +9,6 @@ from sqlalchemy import BigInteger, ColumnElement, Engine, Executable, Subquery, 
 from sqlalchemy.orm import aliased
 
 from personalization.stores.analytics import (
-    AuditFinding,
-    AuditRun,
     CampaignRecord,
     EvaluationResult,
     PipelineRun,
@@ -109,19 +107,6 @@ class Totals:
     vectors: int | None
     users: int | None
     users_without_intent: int | None
-
-
-@dataclass(frozen=True)
-class AuditVerdict:
-    """Whether the stores agreed when they were last compared."""
-
-    audit_id: str
-    finished_at: datetime
-    status: Literal["clean", "repaired", "drift"]
-    left: int
-    """Cases of drift at the end."""
-    titles: list[str]
-    """Kinds of drift of which something is left, most cases first."""
 
 
 @dataclass(frozen=True)
@@ -382,25 +367,6 @@ def latest_totals(engine: Engine) -> Totals | None:
         .limit(1)
     )
     return next((Totals(**row) for row in _rows(engine, query)), None)
-
-
-def latest_audit(engine: Engine) -> AuditVerdict | None:
-    """The newest audit of the stores; None before the first, or in a database that knows of none."""
-    names = ("audit_id", "finished_at", "status", "left")
-    audit = select(*(getattr(AuditRun, name) for name in names)).order_by(AuditRun.started_at.desc()).limit(1)
-    with analytics_errors(), engine.connect() as connection:
-        if not inspect(connection).has_table(AuditRun.__tablename__):
-            return None
-        found = connection.execute(audit).mappings().first()
-        if found is None:
-            return None
-        left = func.coalesce(AuditFinding.left, AuditFinding.count)
-        titles = (
-            select(AuditFinding.title)
-            .where(AuditFinding.audit_id == found["audit_id"], left > 0)
-            .order_by(left.desc(), AuditFinding.kind)
-        )
-        return AuditVerdict(**found, titles=list(connection.scalars(titles)))
 
 
 def campaign_engagement(engine: Engine, limit: int) -> list[CampaignEngagement]:
