@@ -2,6 +2,8 @@
 
 import sys
 
+# What the pages import takes a second: not the first who looks waits for it.
+from components import cards, store  # noqa: F401
 from components.login import Login, guard
 from personalization.errors import SettingsError
 from personalization.settings import get_settings
