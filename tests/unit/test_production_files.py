@@ -304,7 +304,9 @@ class TestEnvironment:
     def test_every_secret_comes_from_env(self, service: str):
         for name, value in environment(service).items():
             secret = re.search(r'://[^/@:]*:([^@]*)@|"password": "([^"]*)"', value)
-            if name not in ("API_AUTH", "DASHBOARD_AUTH") and (re.search(r"(PASSWORD|SECRET|TOKEN|_KEYS?|AUTH)$", name) or secret):
+            if name not in ("API_AUTH", "DASHBOARD_AUTH") and (
+                re.search(r"(PASSWORD|SECRET|TOKEN|_KEYS?|AUTH)$", name) or secret
+            ):
                 asked = secret[1] or secret[2] if secret else re.sub(r"^(root:|neo4j/)", "", value)
                 match = _PLACEHOLDER.fullmatch(asked)
                 assert match, name
