@@ -46,7 +46,7 @@ PAGES = {
 TARGET_S = 2.0
 
 _ROOT = Path(__file__).parents[1]
-_ROUNDS = 3
+_ROUNDS = 2
 _PATIENCE_MS = 60_000
 _STAGES = (
     *("prepare", "ingest", "ingest_events", "embed_catalog", "embed", "upsert_vectors", "detect_intents"),

@@ -52,7 +52,8 @@ def summary(profile: dict[str, Any]) -> None:
     """The user in four figures."""
     columns = st.columns([2, 3, 2, 2])
     columns[0].metric("Messages", text.count(profile["messages"]), border=True)
-    columns[1].metric("Last message", text.moment(_moment(profile["last_message_at"])), border=True)
+    last = _moment(profile["last_message_at"])
+    columns[1].metric("Last message", f"{text.local(last):%d %b %Y}" if last else "—", border=True)
     columns[2].metric(
         "Campaigns engaged with", text.count(sum(one["weight"] > 0 for one in profile["engagement"])), border=True
     )
