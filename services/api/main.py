@@ -28,6 +28,8 @@ UNVERSIONED = ("/recommendations/{user_id}", "/health")
 
 _SWITCH_S = 0.0005
 """Ranking runs in threads; by default each could keep the event loop waiting for 5 ms at a time."""
+_WARMING_ENDS_S = 5.0
+"""A driver that is slow to notice that its call was given up does not keep the process from ending."""
 
 
 @asynccontextmanager
@@ -49,7 +51,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     warming = asyncio.create_task(recommender.warm_up())
     yield
     warming.cancel()
-    await asyncio.wait([warming])
+    await asyncio.wait([warming], timeout=_WARMING_ENDS_S)
     await recommender.aclose()
 
 

@@ -14,7 +14,9 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from browser import ARTIFACTS, chromium, needs_browser
 from conftest import environment, free_ports
-from dashboard_data import open_store, seed
+from dashboard_data import NOW, open_store, seed
+from personalization.audit.command import record
+from personalization.audit.findings import KINDS, AuditReport, Finding, Sample
 from personalization.settings import Settings
 from playwright.sync_api import Browser, Page, expect
 
@@ -24,6 +26,7 @@ PAGES = {
     "Runs": "runs",
     "Latency": "latency",
     "Anomalies": "anomalies",
+    "Audit": "audit",
     "Engagement": "engagement",
     "Explore a user": "explore",
     "Evaluation": "evaluation",
@@ -66,6 +69,10 @@ def served(folder: Path, **env: str) -> Iterator[str]:
 def seeded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("dashboard") / "analytics.db"
     seed(path)
+    store = open_store(path)
+    drift = Finding(KINDS["message_without_vector"], 1, [Sample("m-1", "maria", "a vector", None)])
+    record(AuditReport("audit", NOW, NOW, "drift", False, {"mongodb": {"messages": 1200}}, 0, [drift]), store)
+    store.engine.dispose()
     return path
 
 
@@ -88,7 +95,9 @@ def test_each_page_is_readable_accessible_and_without_errors(
 ) -> None:
     for name, path in PAGES.items():
         with looking(browser, f"{dashboard}/{path}", name, scheme, size) as page:
-            if name != "Explore a user":
+            if name == "Audit":
+                expect(page.get_by_text("Messages without a vector")).to_be_visible(timeout=PATIENCE_MS)
+            elif name != "Explore a user":
                 expect(page.locator(".js-plotly-plot .main-svg").first).to_be_visible(timeout=PATIENCE_MS)
             page.screenshot(path=ARTIFACTS / f"dashboard-{name.split()[0].lower()}-{scheme}-{size}.png")
             assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth"), name

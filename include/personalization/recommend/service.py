@@ -38,6 +38,7 @@ _UNSURE_S = 30.0
 """How long knowledge is trusted while Redis cannot say which generation is served."""
 NOBODY = "-"
 """Stands for a user where a store is asked only to see that it answers."""
+_CLOSING_S = 5.0
 _REFRESHES = 32
 """Old answers that are made anew at a time: those who wait come first."""
 _BATCH = 16
@@ -121,15 +122,17 @@ class Recommender:
         )
 
     async def aclose(self) -> None:
-        """Close every client."""
+        """Close every client at once; one that does not let go in time is given up, so that the process ends."""
         for task in [*self._refreshing, *([self._making_up] if self._making_up else [])]:
             task.cancel()
-        await self.cache.client.aclose()
-        await self.vectors.close()
-        await self.graph.driver.close()
-        await self.analytics.aclose()
-        await self.events.aclose()
-        await self.embedder.aclose()
+        await asyncio.gather(
+            _closed("redis", self.cache.client.aclose()),
+            _closed("milvus", self.vectors.close()),
+            _closed("neo4j", self.graph.driver.close()),
+            _closed("analytics", self.analytics.aclose()),
+            _closed("mongodb", self.events.aclose()),
+            _closed("embedding", self.embedder.aclose()),
+        )
 
     def variant(self, ask: Ask) -> str:
         """What makes an answer about the same user another one: what was asked, and who ranks."""
@@ -496,6 +499,14 @@ def _expressed(served: ServedKnowledge, vector: Vectors, keep: float) -> list[tu
         return []
     [reading] = served.classifier.classify(vector, keep)
     return reading.expressed
+
+
+async def _closed(store: str, closing: Awaitable[None]) -> None:
+    try:
+        async with asyncio.timeout(_CLOSING_S):
+            await closing
+    except TimeoutError:
+        log.warning("a client was not closed in time", store=store)
 
 
 def _stand_in(before: LookedUp | None, error: StoreError) -> Answer:
