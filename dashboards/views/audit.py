@@ -66,7 +66,7 @@ st.query_params["audit"] = chosen
 shown = audits[chosen]
 title, icon, _ = STATES[shown.status]
 if shown.status == "drift":
-    st.error(f"{title}: {text.count(shown.left)} cases are left.", icon=icon)
+    st.error(f"{title}: {text.count(shown.left)} {'case is' if shown.left == 1 else 'cases are'} left.", icon=icon)
 else:
     st.success(f"{title}.", icon=icon)
 

@@ -61,7 +61,7 @@ def audit_answer(audit: Audit | None, totals: Totals | None) -> None:
         verdict = {
             "clean": cards.Verdict("good", "agree"),
             "repaired": cards.Verdict("good", "agree, after a repair"),
-            "drift": cards.Verdict("bad", f"{audit.left:,} cases of drift"),
+            "drift": cards.Verdict("bad", f"{audit.left:,} case{'' if audit.left == 1 else 's'} of drift"),
         }[audit.status]
         detail = f"Compared {text.moment(audit.finished_at)}."
     elif totals and totals.messages is not None and totals.messages == totals.vectors:

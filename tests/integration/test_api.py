@@ -508,7 +508,7 @@ def without(settings: Settings, *stores: str) -> Settings:
         "redis": {"redis_url": SecretStr(f"redis://127.0.0.1:{ports.get('redis')}/0")},
     }
     update = {name: value for store in stores for name, value in changes[store].items()}
-    return settings.model_copy(update={**update, "store_timeout_s": 1})
+    return settings.model_copy(update={**update, "store_timeout_s": 5})
 
 
 @pytest.mark.parametrize(
