@@ -82,9 +82,9 @@ class Encoder:
         return vectors[inverse]
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def get_encoder(model_name: str, dim: int, batch_size: int) -> Encoder:
-    """The process's encoder; loading takes seconds."""
+    """The process's encoders, two at most: of the live vector space and of one beside it. Loading takes seconds."""
     return Encoder(model_name, dim, batch_size)
 
 

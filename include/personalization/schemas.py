@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
-from typing import Annotated, Any, Literal, Self, TypedDict
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypedDict
 
 from pydantic import (
     AfterValidator,
@@ -393,6 +393,33 @@ class Catalog(BaseModel):
         for intent in sorted(self.intents, key=lambda one: one.id):
             digest.update("\0".join([intent.id, *intent.examples, ""]).encode())
         return digest.hexdigest()
+
+
+class VectorSpace(NamedTuple):
+    """What makes two vectors comparable: the model and the number of dimensions, zero-padded, of unit length."""
+
+    model: str
+    dim: int
+
+    @property
+    def vector_bytes(self) -> int:
+        """Of one vector of float32."""
+        return self.dim * 4
+
+    @property
+    def digest(self) -> str:
+        """Tells it from every other space, in eight characters."""
+        return hashlib.blake2b(f"{self.model}\0{self.dim}\0l2".encode(), digest_size=4).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """Readable, and unique by its digest; letters, digits and underscores."""
+        slug = re.sub(r"\W+", "_", self.model.rsplit("/", 1)[-1]).strip("_").lower()[:60]
+        return f"{slug}_{self.dim}_{self.digest}"
+
+    def collection(self, alias: str) -> str:
+        """Name of the collection in Milvus behind `alias`."""
+        return f"{alias}_{self.name}"
 
 
 class Ref(TypedDict):

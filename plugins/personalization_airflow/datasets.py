@@ -11,8 +11,9 @@ from urllib.parse import parse_qs, urlsplit
 
 from airflow.sdk import BaseHook
 from airflow.sdk.lineage import NoOpCollector, get_hook_lineage_collector
+from personalization.schemas import VectorSpace
 from personalization.settings import Settings
-from personalization.stores.milvus import MESSAGES, USERS, VectorSpace
+from personalization.stores.milvus import MESSAGES, USERS
 
 if TYPE_CHECKING:
     from airflow.sdk import Asset

@@ -10,10 +10,9 @@ from airflow.sdk.exceptions import AirflowFailException
 from personalization.catalog.loading import load_catalog
 from personalization.errors import CatalogError, InputError
 from personalization.pipeline.lineage import StageReport, reported
-from personalization.schemas import Catalog
+from personalization.schemas import Catalog, VectorSpace
 from personalization.settings import Settings, get_settings
 from personalization.staging import Staging, write_atomically
-from personalization.stores.milvus import VectorSpace
 
 from personalization_airflow.datasets import tell_datasets
 

@@ -21,11 +21,11 @@ from personalization.erasure.places import Places
 from personalization.local.stack import Stack
 from personalization.pipeline.lineage import reported
 from personalization.pipeline.run import run_pipeline
-from personalization.schemas import Event
+from personalization.schemas import Event, VectorSpace
 from personalization.settings import Settings
 from personalization.staging import Staging
 from personalization.stores import together
-from personalization.stores.milvus import INTERESTS, MESSAGES, USERS, VectorSpace
+from personalization.stores.milvus import INTERESTS, MESSAGES, USERS
 from personalization.stores.mongo import Origin, event_document
 from sqlalchemy import create_engine, text
 from typer.testing import CliRunner

@@ -21,11 +21,11 @@ from personalization.local.stack import Stack
 from personalization.pipeline import run
 from personalization.pipeline.lineage import reported
 from personalization.pipeline.run import run_pipeline
-from personalization.schemas import ErasureReceipt, Event, erasure_id
+from personalization.schemas import ErasureReceipt, Event, VectorSpace, erasure_id
 from personalization.settings import Settings
 from personalization.staging import Staging
 from personalization.stores.cache import CachePublisher
-from personalization.stores.milvus import MESSAGES, VectorSpace, VectorStore
+from personalization.stores.milvus import MESSAGES, VectorStore
 from personalization.stores.mongo import MongoStore, Origin, event_document
 from pydantic import SecretStr
 from typer.testing import CliRunner

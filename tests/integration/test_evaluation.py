@@ -19,10 +19,11 @@ from personalization.pipeline.embed import campaign_vectors_of, embed_campaigns
 from personalization.pipeline.lineage import StageReport
 from personalization.pipeline.run import run_pipeline
 from personalization.quality.reports import evaluation_history, latest_evaluation
+from personalization.schemas import VectorSpace
 from personalization.settings import Settings
 from personalization.staging import Staging, read
 from personalization.stores.analytics import AnalyticsStore, open_read_only
-from personalization.stores.milvus import VectorSpace, VectorStore
+from personalization.stores.milvus import VectorStore
 from upath import UPath
 
 
@@ -33,7 +34,11 @@ def new_report(run_id: str = "evaluation") -> StageReport:
 def of_stores(settings: Settings) -> History:
     catalog = load_catalog(settings.catalog_path)
     staged = embed_campaigns(
-        new_report(), catalog=catalog, staging=Staging(settings.staging_uri, "test"), settings=settings
+        new_report(),
+        catalog=catalog,
+        space=VectorSpace(settings.embedding_model, settings.embedding_dim),
+        staging=Staging(settings.staging_uri, "test"),
+        settings=settings,
     )
     analytics, vectors = AnalyticsStore.from_settings(settings), VectorStore.from_settings(settings)
     try:

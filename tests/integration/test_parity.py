@@ -24,10 +24,11 @@ from personalization.recommend.guard import Guard
 from personalization.recommend.knowledge import ServedKnowledge
 from personalization.recommend.ranking import DEFAULT_FUSION, Evidence
 from personalization.recommend.sources import SOURCES
+from personalization.schemas import VectorSpace
 from personalization.settings import Settings
 from personalization.staging import Staging, read
 from personalization.stores.analytics import AnalyticsStore, AsyncAnalyticsReader
-from personalization.stores.milvus import AsyncVectorReader, VectorSpace, VectorStore
+from personalization.stores.milvus import AsyncVectorReader, VectorStore
 from personalization.stores.mongo import AsyncEventStore
 from personalization.stores.neo4j import AsyncGraphReader
 
@@ -81,7 +82,11 @@ async def sides(published: Settings) -> AsyncIterator[Sides]:
     catalog = load_catalog(published.catalog_path)
     report = StageReport(run_id="parity", stage="learn", shard=0, attempt=1, started_at=datetime.now(UTC))
     staged = embed_campaigns(
-        report, catalog=catalog, staging=Staging(published.staging_uri, "parity"), settings=published
+        report,
+        catalog=catalog,
+        space=VectorSpace(published.embedding_model, published.embedding_dim),
+        staging=Staging(published.staging_uri, "parity"),
+        settings=published,
     )
     analytics, vectors = AnalyticsStore.from_settings(published), VectorStore.from_settings(published)
     history = load_history(

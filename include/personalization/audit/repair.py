@@ -20,10 +20,10 @@ from personalization.catalog.loading import load_catalog
 from personalization.pipeline.ingest import MESSAGE_SCHEMA
 from personalization.pipeline.lineage import StageReport, record_lineage
 from personalization.pipeline.run import Run
-from personalization.schemas import Ref
+from personalization.schemas import Ref, VectorSpace
 from personalization.settings import Settings
 from personalization.staging import Staging
-from personalization.stores.milvus import INTERESTS, MESSAGES, USERS, VectorSpace, interest_id
+from personalization.stores.milvus import INTERESTS, MESSAGES, USERS, interest_id
 from personalization.stores.together import Stores
 
 _RERUN: tuple[Remedy, ...] = ("messages", "events", "users", "catalog", "publish", "delete")

@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from personalization.catalog.entries import FILE_KINDS, SECTIONS, Entry, Place, Problem, entries_of
 from personalization.errors import CatalogError
-from personalization.schemas import OTHER_INTENT, Campaign, Catalog, CatalogRules, Intent
+from personalization.schemas import OTHER_INTENT, Campaign, Catalog, CatalogRules, Intent, VectorSpace
 from personalization.settings import Settings
 from personalization.understanding import CLASSIFIER_VERSION
 
@@ -193,6 +193,6 @@ def catalog_version(catalog: Catalog) -> str:
     return hashlib.blake2b(catalog.model_dump_json().encode(), digest_size=8).hexdigest()
 
 
-def intents_version(catalog: Catalog, settings: Settings) -> str:
+def intents_version(catalog: Catalog, space: VectorSpace, settings: Settings) -> str:
     """Digest of what decides a message's intent."""
-    return f"{catalog.intents_version}:{CLASSIFIER_VERSION}:{settings.intent_keep}"
+    return f"{catalog.intents_version}:{CLASSIFIER_VERSION}:{settings.intent_keep}:{space.digest}"

@@ -14,11 +14,11 @@ from personalization.learning.loading import load_history
 from personalization.learning.training import Task
 from personalization.pipeline.embed import campaign_vectors_of, embed_campaigns
 from personalization.pipeline.lineage import StageReport
-from personalization.schemas import DAY_MS, Catalog, parse_moment
+from personalization.schemas import DAY_MS, Catalog, VectorSpace, parse_moment
 from personalization.settings import Settings
 from personalization.staging import Staging, read
 from personalization.stores.analytics import AnalyticsStore
-from personalization.stores.milvus import VectorSpace, VectorStore
+from personalization.stores.milvus import VectorStore
 
 log = structlog.get_logger(__name__)
 
@@ -59,7 +59,7 @@ def evaluate_stores(
     analytics.ensure_schema()
     plan = _plan(analytics, request)
     vectors.ensure_schema(space)
-    staged = embed_campaigns(report, catalog=catalog, staging=staging, settings=settings)
+    staged = embed_campaigns(report, catalog=catalog, space=space, staging=staging, settings=settings)
     history = load_history(
         analytics=analytics,
         vectors=vectors,

@@ -19,10 +19,10 @@ from personalization.learning.history import (
     signals_of_messages,
 )
 from personalization.recommend.sources import Matrix, Whole
-from personalization.schemas import OTHER_INTENT, Catalog
+from personalization.schemas import OTHER_INTENT, Catalog, VectorSpace
 from personalization.settings import Settings
 from personalization.stores.analytics import AnalyticsStore
-from personalization.stores.milvus import MESSAGES, VectorSpace, VectorStore
+from personalization.stores.milvus import MESSAGES, VectorStore
 
 _ALWAYS = (0, 2**62)
 

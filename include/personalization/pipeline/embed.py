@@ -9,25 +9,25 @@ import pyarrow as pa
 
 from personalization.encoder import Vectors, get_encoder
 from personalization.pipeline.lineage import StageReport
-from personalization.schemas import Catalog, Ref
+from personalization.schemas import Catalog, Ref, VectorSpace
 from personalization.settings import Settings
 from personalization.sketches import sketch
 from personalization.staging import SHARED_FOLDER, Staging, read
 
 
-def embed(report: StageReport, shard: Ref, *, staging: Staging, settings: Settings) -> Ref:
+def embed(report: StageReport, shard: Ref, *, space: VectorSpace, staging: Staging, settings: Settings) -> Ref:
     """Add `embedding` (fixed-size list of float32) to a shard in place of `text`.
 
     Raises:
-        EmbeddingError: the model cannot be loaded or does not fit EMBEDDING_DIM.
+        EmbeddingError: the model cannot be loaded or does not fit the space's dimension.
     """
     messages = read(shard)
-    encoder = get_encoder(settings.embedding_model, settings.embedding_dim, settings.embedding_batch_size)
+    encoder = get_encoder(space.model, space.dim, settings.embedding_batch_size)
     vectors = encoder.encode(messages.column("text").to_pylist())
     report.rows_in = report.rows_out = messages.num_rows
     report.details = {
-        "model": settings.embedding_model,
-        "dim": settings.embedding_dim,
+        "model": space.model,
+        "dim": space.dim,
         "device": encoder.device,
         "dtype": encoder.dtype_name,
     }
@@ -38,27 +38,33 @@ def embed(report: StageReport, shard: Ref, *, staging: Staging, settings: Settin
     return staging.write(f"embedded/{Path(shard['uri']).name}", embedded)
 
 
-def embed_catalog(report: StageReport, *, catalog: Catalog, staging: Staging, settings: Settings) -> Ref:
+def embed_catalog(
+    report: StageReport, *, catalog: Catalog, space: VectorSpace, staging: Staging, settings: Settings
+) -> Ref:
     """Stage the example utterances, which are returned, and what campaigns say beside them.
 
     The files are named by their texts and the model, outside any run; where one exists, nothing is embedded for it.
     """
-    staged = embed_utterances(report, catalog=catalog, staging=staging, settings=settings)
-    embed_campaigns(report, catalog=catalog, staging=staging, settings=settings)
+    staged = embed_utterances(report, catalog=catalog, space=space, staging=staging, settings=settings)
+    embed_campaigns(report, catalog=catalog, space=space, staging=staging, settings=settings)
     return staged
 
 
-def embed_utterances(report: StageReport, *, catalog: Catalog, staging: Staging, settings: Settings) -> Ref:
+def embed_utterances(
+    report: StageReport, *, catalog: Catalog, space: VectorSpace, staging: Staging, settings: Settings
+) -> Ref:
     """Stage `intent_id, embedding` of every example utterance; where that is staged, nothing is embedded."""
     utterances = [(intent.id, example) for intent in catalog.intents for example in intent.examples]
-    return _embed_once("intent_id", utterances, catalog.intents_version, staging, settings, report)
+    return _embed_once("intent_id", utterances, catalog.intents_version, space, staging, settings, report)
 
 
-def embed_campaigns(report: StageReport, *, catalog: Catalog, staging: Staging, settings: Settings) -> Ref:
+def embed_campaigns(
+    report: StageReport, *, catalog: Catalog, space: VectorSpace, staging: Staging, settings: Settings
+) -> Ref:
     """Stage `campaign_id, embedding` of what every campaign says; where that is staged, nothing is embedded."""
     texts = [(campaign.id, campaign.text) for campaign in catalog.campaigns]
     digest = hashlib.blake2b("\0".join(part for pair in texts for part in pair).encode(), digest_size=8)
-    return _embed_once("campaign_id", texts, f"campaigns-{digest.hexdigest()}", staging, settings, report)
+    return _embed_once("campaign_id", texts, f"campaigns-{digest.hexdigest()}", space, staging, settings, report)
 
 
 def campaign_vectors_of(table: pa.Table, catalog: Catalog) -> Vectors:
@@ -78,20 +84,21 @@ def _embed_once(
     column: str,
     texts: list[tuple[str, str]],
     version: str,
+    space: VectorSpace,
     staging: Staging,
     settings: Settings,
     report: StageReport,
 ) -> Ref:
     """Stage the texts' vectors beside their ids, unless that was done in any run."""
-    name = f"{version}-{_file_name(settings.embedding_model)}-{settings.embedding_dim}.parquet"
+    name = f"{version}-{space.name}.parquet"
     report.rows_in += len(texts)
     shared = Staging(str(staging.base), SHARED_FOLDER)
     if (known := shared.find(name)) is not None:
         report.skipped += len(texts)
         return known
-    vectors = np.zeros((0, settings.embedding_dim), dtype=np.float32)
+    vectors = np.zeros((0, space.dim), dtype=np.float32)
     if texts:
-        encoder = get_encoder(settings.embedding_model, settings.embedding_dim, settings.embedding_batch_size)
+        encoder = get_encoder(space.model, space.dim, settings.embedding_batch_size)
         vectors = encoder.encode([text for _, text in texts])
     ids = pa.array([one for one, _ in texts], pa.string())
     report.rows_out += len(texts)
@@ -102,7 +109,3 @@ def _embed_once(
 
 def _as_column(vectors: Vectors) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
-
-
-def _file_name(model_name: str) -> str:
-    return "".join(char if char.isalnum() else "_" for char in model_name)

@@ -13,11 +13,11 @@ from personalization.catalog.loading import catalog_version, intents_version
 from personalization.encoder import Vectors
 from personalization.pipeline.embed import embeddings_of
 from personalization.pipeline.lineage import StageReport
-from personalization.schemas import OTHER_INTENT, Catalog, Ref
+from personalization.schemas import OTHER_INTENT, Catalog, Ref, VectorSpace
 from personalization.settings import Settings
 from personalization.staging import Staging, read, write_atomically
 from personalization.stores.analytics import AnalyticsStore
-from personalization.stores.milvus import MESSAGES, VectorSpace, VectorStore
+from personalization.stores.milvus import MESSAGES, VectorStore
 from personalization.stores.mongo import MongoStore
 from personalization.understanding import CLASSIFIER_VERSION
 from personalization.understanding.classifier import IntentClassifier
@@ -46,7 +46,7 @@ def detect_intents(
     classifier = fitted_classifier(utterances)
     run_id = report.run_id
     built = analytics.serving_state()
-    intents_changed = built is None or built.intents_version != intents_version(catalog, settings)
+    intents_changed = built is None or built.intents_version != intents_version(catalog, space, settings)
     if intents_changed:
         for known in analytics.all_messages(settings.shard_rows):
             log.info(f"the catalog's intents changed: classifying {len(known):,} stored messages again")

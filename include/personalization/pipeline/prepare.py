@@ -2,10 +2,10 @@
 
 from personalization.catalog.loading import catalog_version, intents_version
 from personalization.pipeline.lineage import StageReport
-from personalization.schemas import Catalog
+from personalization.schemas import Catalog, VectorSpace
 from personalization.settings import Settings
 from personalization.stores.analytics import AnalyticsStore
-from personalization.stores.milvus import VectorSpace, VectorStore
+from personalization.stores.milvus import VectorStore
 from personalization.stores.neo4j import GraphStore
 
 
@@ -24,7 +24,7 @@ def prepare(
     graph.ensure_schema()
     analytics.ensure_schema()
     # From here on what is served is of no one catalog, until `publish` says so.
-    analytics.expect_versions(catalog_version(catalog), intents_version(catalog, settings))
+    analytics.expect_versions(catalog_version(catalog), intents_version(catalog, space, settings))
     graph.sync_catalog(catalog)
     analytics.sync_catalog(catalog)
     report.rows_in = report.rows_out = len(catalog.intents) + len(catalog.campaigns)

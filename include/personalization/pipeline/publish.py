@@ -7,12 +7,12 @@ from personalization.errors import StagingError
 from personalization.pipeline.learn import SERVED_FILE
 from personalization.pipeline.lineage import StageReport
 from personalization.recommend.knowledge import ServedKnowledge
-from personalization.schemas import Catalog, Ref
+from personalization.schemas import Catalog, Ref, VectorSpace
 from personalization.settings import Settings
 from personalization.staging import Staging
 from personalization.stores.analytics import AnalyticsStore
 from personalization.stores.cache import CachePublisher
-from personalization.stores.milvus import MESSAGES, VectorSpace, VectorStore
+from personalization.stores.milvus import MESSAGES, VectorStore
 from personalization.stores.mongo import MongoStore
 from personalization.stores.neo4j import GraphStore
 
@@ -57,7 +57,7 @@ def publish(
         report.details["generation"] = cache.next_generation()
         analytics.announce_served()
     # Last, so that whatever fails above leaves the work to be taken up again.
-    analytics.set_serving_state(catalog_version(catalog), intents_version(catalog, settings), report.run_id)
+    analytics.set_serving_state(catalog_version(catalog), intents_version(catalog, space, settings), report.run_id)
     mongo.publish_run(report.run_id, space.model)
     staging.prune(settings.staging_retention_days)
     log.info("nothing new to publish" if not user_pages else f"published: {report.details}")

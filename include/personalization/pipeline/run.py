@@ -24,11 +24,10 @@ from personalization.pipeline.prepare import prepare
 from personalization.pipeline.publish import publish
 from personalization.pipeline.vectors import refresh_profiles, upsert_vectors
 from personalization.reading import locate
-from personalization.schemas import Catalog, Ref
+from personalization.schemas import Catalog, Ref, VectorSpace
 from personalization.settings import Settings, get_settings
 from personalization.staging import Staging
 from personalization.stores.analytics import AnalyticsStore
-from personalization.stores.milvus import VectorSpace
 from personalization.stores.together import Stores
 
 
@@ -155,11 +154,11 @@ class Run:
                 settings=settings,
             )
         with self.stage("embed_catalog") as report:
-            utterances = embed_catalog(report, catalog=catalog, staging=staging, settings=settings)
+            utterances = embed_catalog(report, catalog=catalog, space=space, staging=staging, settings=settings)
         embedded = []
         for number, shard in enumerate(shards):
             with self.stage("embed", number) as report:
-                embedded.append(embed(report, shard, staging=staging, settings=settings))
+                embedded.append(embed(report, shard, space=space, staging=staging, settings=settings))
         for number, shard in enumerate(embedded):
             with self.stage("upsert_vectors", number) as report:
                 upsert_vectors(report, shard, space=space, mongo=mongo, vectors=vectors)

@@ -10,11 +10,11 @@ from personalization.learning.history import RECENT_MESSAGES, interests_of
 from personalization.pipeline.embed import embeddings_of
 from personalization.pipeline.lineage import StageReport
 from personalization.recommend.sources import Vector
-from personalization.schemas import DAY_MS, INTERESTS_PER_USER, Ref
+from personalization.schemas import DAY_MS, INTERESTS_PER_USER, Ref, VectorSpace
 from personalization.settings import Settings
 from personalization.staging import read, read_column
 from personalization.stores.analytics import AnalyticsStore
-from personalization.stores.milvus import INTERESTS, MESSAGES, USERS, VectorSpace, VectorStore, interest_id
+from personalization.stores.milvus import INTERESTS, MESSAGES, USERS, VectorStore, interest_id
 from personalization.stores.mongo import MongoStore
 
 _USERS_AT_ONCE = 250

@@ -5,12 +5,10 @@ its name; readers use the aliases `messages`, `users` and `interests`. So vector
 """
 
 import asyncio
-import hashlib
 import logging
 import re
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import grpc
@@ -19,7 +17,7 @@ from pymilvus import AsyncMilvusClient, DataType, MilvusClient
 from pymilvus.exceptions import MilvusException
 
 from personalization.errors import StoreError
-from personalization.schemas import INTERESTS_PER_USER
+from personalization.schemas import INTERESTS_PER_USER, VectorSpace
 from personalization.settings import Settings
 
 Vector = np.ndarray[tuple[int], np.dtype[np.float32]]
@@ -53,25 +51,6 @@ class Neighbour(TypedDict):
 
     user_id: str
     similarity: float
-
-
-@dataclass(frozen=True)
-class VectorSpace:
-    """What makes two vectors comparable."""
-
-    model: str
-    dim: int
-
-    @property
-    def vector_bytes(self) -> int:
-        """Of one vector of float32."""
-        return self.dim * 4
-
-    def collection(self, alias: str) -> str:
-        """Name of the physical collection behind `alias`: readable, and unique by digest."""
-        slug = re.sub(r"\W+", "_", self.model.rsplit("/", 1)[-1]).strip("_").lower()[:60]
-        digest = hashlib.blake2b(f"{self.model}\0{self.dim}\0l2".encode(), digest_size=4).hexdigest()
-        return f"{alias}_{slug}_{self.dim}_{digest}"
 
 
 @contextmanager
