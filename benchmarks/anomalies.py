@@ -28,7 +28,8 @@ from personalization.quality.unusual import ALL_STAGES, BUSY, MORE_REJECTED, Run
 from personalization.quality.unusual import BUDGET as FIGURES_BUDGET
 from personalization.schemas import DAY_MS
 from personalization.sketches import distances, sketch
-from personalization.stores.analytics import AnalyticsStore, EventRecord, MessageIntent
+from personalization.stores.analytics import AnalyticsStore
+from personalization.stores.tables import EventRecord, MessageIntent
 from scipy import stats
 from sqlalchemy import create_engine, insert
 

@@ -25,7 +25,8 @@ from urllib.request import urlopen
 
 from personalization.schemas import DAY_MS, Campaign, Catalog, Intent
 from personalization.settings import Settings
-from personalization.stores.analytics import AnalyticsStore, PipelineRun
+from personalization.stores.analytics import AnalyticsStore
+from personalization.stores.tables import PipelineRun
 from playwright.sync_api import Browser, sync_playwright
 from sqlalchemy import insert, text
 

@@ -27,7 +27,8 @@ from personalization.pipeline.lineage import (
 from personalization.quality.reports import StageRun, stages_of_run
 from personalization.settings import Settings
 from personalization.staging import Staging
-from personalization.stores.analytics import AnalyticsStore, PipelineRun, StageAttempt
+from personalization.stores.analytics import AnalyticsStore
+from personalization.stores.tables import PipelineRun, StageAttempt
 from sqlalchemy import event, select
 
 RUN = "manual__2026-10-01T09:00:00+00:00"

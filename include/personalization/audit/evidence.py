@@ -22,14 +22,8 @@ from personalization.recommend.knowledge import ServedKnowledge
 from personalization.schemas import OTHER_INTENT, Engagement, VectorSpace, erasure_id
 from personalization.settings import Settings
 from personalization.staging import Staging, staging_errors
-from personalization.stores.analytics import (
-    CampaignRecord,
-    CampaignTarget,
-    EventRecord,
-    MessageIntent,
-    UserEngagement,
-)
 from personalization.stores.milvus import INTERESTS, MESSAGES, USERS, Vectors
+from personalization.stores.tables import CampaignRecord, CampaignTarget, EventRecord, MessageIntent, UserEngagement
 from personalization.stores.together import Stores
 from personalization.understanding.reader import IntentReader, Reading
 

@@ -26,15 +26,8 @@ from personalization.quality.reports import latest_totals, newest_runs
 from personalization.quality.unusual import BUSY, HISTORY, MORE_REJECTED, RunFigures, StageFigures, unusual
 from personalization.schemas import DAY_MS
 from personalization.sketches import Sketch
-from personalization.stores.analytics import (
-    AnalyticsStore,
-    AnomalyRecord,
-    EventRecord,
-    MessageIntent,
-    PipelineRun,
-    RunFigure,
-    analytics_errors,
-)
+from personalization.stores.analytics import AnalyticsStore, analytics_errors
+from personalization.stores.tables import AnomalyRecord, EventRecord, MessageIntent, PipelineRun, RunFigure
 
 HIGH_REJECT_RATIO = 0.1
 HIGH_SILENT_SHARE = 0.1

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from sqlalchemy import Engine, inspect, select
 
-from personalization.stores.analytics import AuditFinding, AuditRun, AuditSample, analytics_errors
+from personalization.stores.analytics import analytics_errors
+from personalization.stores.tables import AuditFinding, AuditRun, AuditSample
 
 Status = Literal["clean", "repaired", "drift"]
 

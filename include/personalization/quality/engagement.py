@@ -8,7 +8,8 @@ from scipy.stats import binomtest
 from sqlalchemy import Engine, func, inspect, select
 
 from personalization.schemas import DAY_MS
-from personalization.stores.analytics import EventRecord, UserWeek, analytics_errors
+from personalization.stores.analytics import analytics_errors
+from personalization.stores.tables import EventRecord, UserWeek
 
 _FIRST_MONDAY = date(1969, 12, 29)  # of week 0
 

@@ -15,7 +15,8 @@ from sqlalchemy import ColumnElement, Engine, Select, case, func, select
 from personalization.errors import TooLittleFeedbackError
 from personalization.resampling import Floats, Interval, around, resample
 from personalization.settings import Settings
-from personalization.stores.analytics import EventRecord, analytics_errors
+from personalization.stores.analytics import analytics_errors
+from personalization.stores.tables import EventRecord
 
 Metric = Literal["ctr", "clicks_per_user", "conversion_rate"]
 

@@ -9,15 +9,9 @@ from sqlalchemy import Engine, Select, and_, case, func, or_, select
 
 from personalization.quality.reports import StageRun
 from personalization.schemas import EventKind
-from personalization.stores.analytics import (
-    CampaignTarget,
-    EventRecord,
-    MessageIntent,
-    PipelineRun,
-    Served,
-    analytics_errors,
-)
+from personalization.stores.analytics import analytics_errors
 from personalization.stores.mongo import Document, MongoReader, MongoStore
+from personalization.stores.tables import CampaignTarget, EventRecord, MessageIntent, PipelineRun, Served
 
 MESSAGES_KEPT = 50
 """Newest messages and newest events that are traced, unless more are asked for."""

@@ -8,13 +8,8 @@ from typing import Any, Literal
 from sqlalchemy import BigInteger, ColumnElement, Engine, Executable, Subquery, and_, case, cast, func, inspect, select
 from sqlalchemy.orm import aliased
 
-from personalization.stores.analytics import (
-    CampaignRecord,
-    EvaluationResult,
-    PipelineRun,
-    UserEngagement,
-    analytics_errors,
-)
+from personalization.stores.analytics import analytics_errors
+from personalization.stores.tables import CampaignRecord, EvaluationResult, PipelineRun, UserEngagement
 
 SHIPPED = "shipped"
 """The policy that the API answers with."""

@@ -19,7 +19,8 @@ from personalization.errors import StoreError
 from personalization.quality.traffic import WINDOW_MS
 from personalization.schemas import DAY_MS, LATENCY_BOUNDS_S
 from personalization.settings import Settings
-from personalization.stores.analytics import AnalyticsStore, ApiCount, ApiLatency, ApiScrape, analytics_errors
+from personalization.stores.analytics import AnalyticsStore, analytics_errors
+from personalization.stores.tables import ApiCount, ApiLatency, ApiScrape
 
 _HOUR_MS = 3_600_000
 _ROLLED_UP = ((8 * DAY_MS, _HOUR_MS), (95 * DAY_MS, DAY_MS))

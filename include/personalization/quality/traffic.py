@@ -16,7 +16,8 @@ from sqlalchemy import Engine, Select, func, inspect, select
 from personalization.quality.anomaly import Anomaly
 from personalization.quality.baselines import Floats, expect_constant, probability
 from personalization.schemas import DAY_MS, LATENCY_BOUNDS_S
-from personalization.stores.analytics import AnalyticsStore, AnomalyRecord, ApiCount, ApiLatency, analytics_errors
+from personalization.stores.analytics import AnalyticsStore, analytics_errors
+from personalization.stores.tables import AnomalyRecord, ApiCount, ApiLatency
 
 BUDGET = 0.5
 """False alarms a month that are put up with, over all routes."""

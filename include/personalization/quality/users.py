@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from sqlalchemy import Engine, select
 
-from personalization.stores.analytics import CampaignTarget, MessageIntent, analytics_errors
+from personalization.stores.analytics import analytics_errors
+from personalization.stores.tables import CampaignTarget, MessageIntent
 
 
 def intents_of_messages(engine: Engine, message_ids: Sequence[str]) -> dict[str, list[tuple[str, float]]]:
