@@ -379,7 +379,7 @@ def real_drift() -> list[tuple[float, float]]:
     Days differ in what is asked: the shares of the intents are drawn anew each day. Of each share 40 runs.
     """
     settings = StackConfig().settings()
-    encoder = get_encoder(settings.embedding_model, settings.embedding_dim, settings.embedding_batch_size)
+    encoder = get_encoder(settings.embedding_model, settings.embedding_dim)
     draw = np.random.default_rng(11)
     with (INTENTS / "banking77_train.csv").open(encoding="utf-8", newline="") as file:
         rows = [(row["text"], row["category"]) for row in csv.DictReader(file)]

@@ -84,7 +84,7 @@ def main(results: Path) -> None:
 
 def load(settings: Settings) -> tuple[DataSet, DataSet, Vectors]:
     """banking77, clinc150, and clinc150's messages out of scope."""
-    encoder = get_encoder(settings.embedding_model, settings.embedding_dim, settings.embedding_batch_size)
+    encoder = get_encoder(settings.embedding_model, settings.embedding_dim)
     with (DATA / "banking77_train.csv").open(encoding="utf-8", newline="") as file:
         banking = [(row["text"], row["category"]) for row in csv.DictReader(file)]
     with gzip.open(DATA / "clinc150_train_val.json.gz", "rt", encoding="utf-8") as stream:

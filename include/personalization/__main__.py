@@ -354,7 +354,7 @@ def suggest_catalog(
     messages = read_messages(locate(path), settings.max_message_chars)
     for reason, count in messages.refused.most_common(5):
         typer.echo(f"{count:,} rows are left out: {reason}", err=True)
-    encoder = get_encoder(settings.embedding_model, settings.embedding_dim, settings.embedding_batch_size)
+    encoder = get_encoder(settings.embedding_model, settings.embedding_dim)
     found = suggest(path, messages, encoder.encode, min_size=min_size, max_intents=max_intents)
     if out is None:
         typer.echo(to_yaml(found), nl=False)

@@ -1,7 +1,8 @@
-"""The encoder: text to L2-normalised float32 vectors. The only module that loads torch, and only when it encodes."""
+"""The encoder: text to L2-normalised float32 vectors. Loads torch, and only when it is made."""
 
 import importlib.util
 import time
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ log = structlog.get_logger(__name__)
 class Encoder:
     """A sentence-transformers model on the best device at hand, in half precision where that is faster."""
 
-    def __init__(self, model_name: str, dim: int, batch_size: int) -> None:
+    def __init__(self, model_name: str, dim: int) -> None:
         import torch
         from sentence_transformers import SentenceTransformer
+
+        from personalization.packed import PackedModel
 
         self.device = _best_device(torch)
         self.dtype = _best_dtype(torch, self.device)
@@ -44,8 +47,9 @@ class Encoder:
                 f"EMBEDDING_DIM={dim}; set EMBEDDING_DIM to {self.model_dim} or more"
             )
         self._dim = dim
-        self._batch_size = batch_size
-        log.info(f"{model_name}: {self.model_dim}-d on {self.device}, {self.dtype_name}, padded to {dim}")
+        self._packed = PackedModel(self._model) if PackedModel.can_take(self._model) else None
+        way = "without padding" if self._packed else "in padded batches"
+        log.info(f"{model_name}: {self.model_dim}-d, {way}, {self.dtype_name} on {self.device}, as {dim}-d vectors")
 
     @property
     def dtype_name(self) -> str:
@@ -55,37 +59,42 @@ class Encoder:
     def encode(self, texts: list[str]) -> Vectors:
         """Vectors of the texts, shape (len(texts), dim), float32, unit length, zero-padded to `dim`.
 
-        Identical texts are encoded once; batches hold texts of like length, so little is padding.
+        Identical texts are encoded once, and nothing is padded where the model allows it (`PackedModel`).
         Zero-padding leaves cosine and inner product unchanged.
         """
         unique, inverse = np.unique(np.asarray(texts, dtype=object), return_inverse=True)
-        by_length = sorted(range(len(unique)), key=lambda at: len(unique[at]))
         vectors = np.zeros((len(unique), self._dim), dtype=np.float32)
-        tell = log.info if len(by_length) > _SLICE_TEXTS else log.debug  # of long work, not of each request
+        tell = log.info if len(unique) > _SLICE_TEXTS else log.debug  # of long work, not of each request
         started = time.perf_counter()
-        for start in range(0, len(by_length), _SLICE_TEXTS):
-            part = by_length[start : start + _SLICE_TEXTS]
-            encoded = self._model.encode(
-                [unique[at] for at in part],
-                batch_size=self._batch_size,
-                convert_to_tensor=True,
-                normalize_embeddings=False,
-                show_progress_bar=False,
-            )
-            vectors[part, : self.model_dim] = encoded.float().cpu().numpy()
-            done = start + len(part)
-            tell(f"{done:,} of {len(unique):,} texts embedded, {done / (time.perf_counter() - started):,.0f}/s")
+        done = told = 0
+        for places, encoded in self._encode(unique.tolist()):
+            vectors[places, : self.model_dim] = encoded
+            done += len(places)
+            if done - told >= _SLICE_TEXTS or done == len(unique):
+                told = done
+                tell(f"{done:,} of {len(unique):,} texts embedded, {done / (time.perf_counter() - started):,.0f}/s")
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
         if not np.all(np.isfinite(norms) & (norms > 0)):
             raise EmbeddingError("the model made a vector without a direction: of length zero, or not a number")
         vectors /= norms
         return vectors[inverse]
 
+    def _encode(self, texts: list[str]) -> Iterator[tuple[Any, Any]]:
+        """Yield (places, vectors) of some of the texts at a time."""
+        if self._packed:
+            yield from self._packed.encode(texts)
+            return
+        by_length = sorted(range(len(texts)), key=lambda at: len(texts[at]))
+        for start in range(0, len(by_length), _SLICE_TEXTS):
+            part = by_length[start : start + _SLICE_TEXTS]
+            encoded = self._model.encode([texts[at] for at in part], convert_to_tensor=True, show_progress_bar=False)
+            yield part, encoded.float().cpu().numpy()
+
 
 @lru_cache(maxsize=2)
-def get_encoder(model_name: str, dim: int, batch_size: int) -> Encoder:
+def get_encoder(model_name: str, dim: int) -> Encoder:
     """The process's encoders, two at most: of the live vector space and of one beside it. Loading takes seconds."""
-    return Encoder(model_name, dim, batch_size)
+    return Encoder(model_name, dim)
 
 
 def model_location(model_name: str) -> str:

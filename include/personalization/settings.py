@@ -55,7 +55,6 @@ class Settings(BaseSettings):
     # --- embedding
     embedding_model: str = "sentence-transformers/all-roberta-large-v1"
     embedding_dim: int = Field(default=1024, ge=8, le=32768, description="Smaller models are zero-padded to it.")
-    embedding_batch_size: int = Field(default=32, ge=1)
     embedding_url: str = Field(
         default="http://127.0.0.1:8001",
         description="The embedding service, which the API asks for vectors of messages.",

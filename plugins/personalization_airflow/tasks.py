@@ -85,7 +85,7 @@ def embed_catalog() -> Ref:
     from personalization_airflow.stage import stage
 
     with stage("embed_catalog") as s:
-        return embed.embed_catalog(s.report, catalog=s.catalog, space=s.space, staging=s.staging, settings=s.settings)
+        return embed.embed_catalog(s.report, catalog=s.catalog, space=s.space, staging=s.staging)
 
 
 def embed(shard: Ref) -> Ref:
@@ -95,7 +95,7 @@ def embed(shard: Ref) -> Ref:
     from personalization_airflow.stage import stage
 
     with stage("embed") as s:
-        return embed.embed(s.report, shard, space=s.space, staging=s.staging, settings=s.settings)
+        return embed.embed(s.report, shard, space=s.space, staging=s.staging)
 
 
 def upsert_vectors(shard: Ref) -> None:

@@ -164,7 +164,7 @@ def _warm_encoder(settings: Settings) -> Encoder:
     # Read when torch is loaded. Threads that spin while they wait for each other take ten times as long for a short
     # text where they share the cores with others.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    encoder = Encoder(settings.embedding_model, settings.embedding_dim, settings.embedding_batch_size)
+    encoder = Encoder(settings.embedding_model, settings.embedding_dim)
     encoder.encode(["warm"])  # the first inference takes far longer than others
     return encoder
 

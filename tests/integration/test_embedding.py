@@ -25,7 +25,7 @@ SECRET = "my account is 4711-0815"
 def encoder() -> Encoder:
     """The pipeline's."""
     settings = Settings(_env_file=None)
-    return Encoder(PACKAGED_MODEL, settings.embedding_dim, settings.embedding_batch_size)
+    return Encoder(PACKAGED_MODEL, settings.embedding_dim)
 
 
 @pytest.fixture(scope="module")

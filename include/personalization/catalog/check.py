@@ -87,9 +87,7 @@ def check_folder(folder: Path, settings: Settings) -> CatalogReport:
         return CatalogReport(findings=[Finding(severity="error", kind="catalog", text=line) for line in lines])
     return check_catalog(
         catalog,
-        lambda texts: get_encoder(
-            settings.embedding_model, settings.embedding_dim, settings.embedding_batch_size
-        ).encode(texts),
+        lambda texts: get_encoder(settings.embedding_model, settings.embedding_dim).encode(texts),
     )
 
 

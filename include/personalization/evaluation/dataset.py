@@ -134,7 +134,7 @@ def build_history(
 
 def _embed(*parts: list[str], settings: Settings) -> list[Matrix]:
     """Vectors of each part's texts, without the zeros that pad a smaller model."""
-    encoder = get_encoder(settings.embedding_model, settings.embedding_dim, settings.embedding_batch_size)
+    encoder = get_encoder(settings.embedding_model, settings.embedding_dim)
     vectors = encoder.encode([text for part in parts for text in part])[:, : encoder.model_dim]
     return np.split(vectors, np.cumsum([len(part) for part in parts])[:-1])
 

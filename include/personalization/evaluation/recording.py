@@ -59,7 +59,7 @@ def evaluate_stores(
     analytics.ensure_schema()
     plan = _plan(analytics, request)
     vectors.ensure_schema(space)
-    staged = embed_campaigns(report, catalog=catalog, space=space, staging=staging, settings=settings)
+    staged = embed_campaigns(report, catalog=catalog, space=space, staging=staging)
     history = load_history(
         analytics=analytics,
         vectors=vectors,

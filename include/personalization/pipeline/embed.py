@@ -10,19 +10,18 @@ import pyarrow as pa
 from personalization.encoder import Vectors, get_encoder
 from personalization.pipeline.lineage import StageReport
 from personalization.schemas import Catalog, Ref, VectorSpace
-from personalization.settings import Settings
 from personalization.sketches import sketch
 from personalization.staging import SHARED_FOLDER, Staging, read
 
 
-def embed(report: StageReport, shard: Ref, *, space: VectorSpace, staging: Staging, settings: Settings) -> Ref:
+def embed(report: StageReport, shard: Ref, *, space: VectorSpace, staging: Staging) -> Ref:
     """Add `embedding` (fixed-size list of float32) to a shard in place of `text`.
 
     Raises:
         EmbeddingError: the model cannot be loaded or does not fit the space's dimension.
     """
     messages = read(shard)
-    encoder = get_encoder(space.model, space.dim, settings.embedding_batch_size)
+    encoder = get_encoder(space.model, space.dim)
     vectors = encoder.encode(messages.column("text").to_pylist())
     report.rows_in = report.rows_out = messages.num_rows
     report.details = {
@@ -38,33 +37,27 @@ def embed(report: StageReport, shard: Ref, *, space: VectorSpace, staging: Stagi
     return staging.write(f"embedded/{Path(shard['uri']).name}", embedded)
 
 
-def embed_catalog(
-    report: StageReport, *, catalog: Catalog, space: VectorSpace, staging: Staging, settings: Settings
-) -> Ref:
+def embed_catalog(report: StageReport, *, catalog: Catalog, space: VectorSpace, staging: Staging) -> Ref:
     """Stage the example utterances, which are returned, and what campaigns say beside them.
 
     The files are named by their texts and the model, outside any run; where one exists, nothing is embedded for it.
     """
-    staged = embed_utterances(report, catalog=catalog, space=space, staging=staging, settings=settings)
-    embed_campaigns(report, catalog=catalog, space=space, staging=staging, settings=settings)
+    staged = embed_utterances(report, catalog=catalog, space=space, staging=staging)
+    embed_campaigns(report, catalog=catalog, space=space, staging=staging)
     return staged
 
 
-def embed_utterances(
-    report: StageReport, *, catalog: Catalog, space: VectorSpace, staging: Staging, settings: Settings
-) -> Ref:
+def embed_utterances(report: StageReport, *, catalog: Catalog, space: VectorSpace, staging: Staging) -> Ref:
     """Stage `intent_id, embedding` of every example utterance; where that is staged, nothing is embedded."""
     utterances = [(intent.id, example) for intent in catalog.intents for example in intent.examples]
-    return _embed_once("intent_id", utterances, catalog.intents_version, space, staging, settings, report)
+    return _embed_once("intent_id", utterances, catalog.intents_version, space, staging, report)
 
 
-def embed_campaigns(
-    report: StageReport, *, catalog: Catalog, space: VectorSpace, staging: Staging, settings: Settings
-) -> Ref:
+def embed_campaigns(report: StageReport, *, catalog: Catalog, space: VectorSpace, staging: Staging) -> Ref:
     """Stage `campaign_id, embedding` of what every campaign says; where that is staged, nothing is embedded."""
     texts = [(campaign.id, campaign.text) for campaign in catalog.campaigns]
     digest = hashlib.blake2b("\0".join(part for pair in texts for part in pair).encode(), digest_size=8)
-    return _embed_once("campaign_id", texts, f"campaigns-{digest.hexdigest()}", space, staging, settings, report)
+    return _embed_once("campaign_id", texts, f"campaigns-{digest.hexdigest()}", space, staging, report)
 
 
 def campaign_vectors_of(table: pa.Table, catalog: Catalog) -> Vectors:
@@ -86,7 +79,6 @@ def _embed_once(
     version: str,
     space: VectorSpace,
     staging: Staging,
-    settings: Settings,
     report: StageReport,
 ) -> Ref:
     """Stage the texts' vectors beside their ids, unless that was done in any run."""
@@ -98,7 +90,7 @@ def _embed_once(
         return known
     vectors = np.zeros((0, space.dim), dtype=np.float32)
     if texts:
-        encoder = get_encoder(space.model, space.dim, settings.embedding_batch_size)
+        encoder = get_encoder(space.model, space.dim)
         vectors = encoder.encode([text for _, text in texts])
     ids = pa.array([one for one, _ in texts], pa.string())
     report.rows_out += len(texts)

@@ -50,7 +50,7 @@ def learn(
     if not user_pages and _is_still_good(analytics, catalog, now_ms):
         report.details = {"nothing_new": True}
         return False
-    staged = embed_campaigns(report, catalog=catalog, space=space, staging=staging, settings=settings)
+    staged = embed_campaigns(report, catalog=catalog, space=space, staging=staging)
     history = load_history(
         analytics=analytics,
         vectors=vectors,
@@ -63,7 +63,7 @@ def learn(
     choice = choose_ranker(past_examples(history, now_ms, HORIZON_MS, "any"))
     learned = choice.ranker if isinstance(choice.ranker, LearnedRanker) else None
     # Kept since the stage that reads messages with it.
-    utterances = embed_utterances(report, catalog=catalog, space=space, staging=staging, settings=settings)
+    utterances = embed_utterances(report, catalog=catalog, space=space, staging=staging)
     classifier = fitted_classifier(utterances).to_bytes() if utterances["rows"] else b""
     content = ServedKnowledge(
         catalog, snapshot.campaigns, learned, choice.fusion.version, space.model, classifier

@@ -154,11 +154,11 @@ class Run:
                 settings=settings,
             )
         with self.stage("embed_catalog") as report:
-            utterances = embed_catalog(report, catalog=catalog, space=space, staging=staging, settings=settings)
+            utterances = embed_catalog(report, catalog=catalog, space=space, staging=staging)
         embedded = []
         for number, shard in enumerate(shards):
             with self.stage("embed", number) as report:
-                embedded.append(embed(report, shard, space=space, staging=staging, settings=settings))
+                embedded.append(embed(report, shard, space=space, staging=staging))
         for number, shard in enumerate(embedded):
             with self.stage("upsert_vectors", number) as report:
                 upsert_vectors(report, shard, space=space, mongo=mongo, vectors=vectors)

@@ -32,9 +32,7 @@ class MessageReader:
     """Encoder and classifier of one catalog."""
 
     def __init__(self, intents: list[Intent], settings: Settings) -> None:
-        self._encoder: Encoder = get_encoder(
-            settings.embedding_model, settings.embedding_dim, settings.embedding_batch_size
-        )
+        self._encoder: Encoder = get_encoder(settings.embedding_model, settings.embedding_dim)
         examples = [(intent.id, example) for intent in intents for example in intent.examples]
         vectors = self._encoder.encode([example for _, example in examples])
         self._classifier = IntentClassifier.fit([intent_id for intent_id, _ in examples], vectors)
