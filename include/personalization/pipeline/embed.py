@@ -1,40 +1,82 @@
 """Embed: the texts of shards and of the catalog to vectors, staged."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import structlog
 
-from personalization.encoder import Vectors, get_encoder
+from personalization.encoder import Vectors, get_encoder, model_version
+from personalization.errors import StoreError
 from personalization.pipeline.lineage import StageReport
 from personalization.schemas import Catalog, Ref, VectorSpace
 from personalization.sketches import sketch
 from personalization.staging import SHARED_FOLDER, Staging, read
+from personalization.stores.cache import VectorCache
+
+log = structlog.get_logger(__name__)
 
 
-def embed(report: StageReport, shard: Ref, *, space: VectorSpace, staging: Staging) -> Ref:
+def embed(report: StageReport, shard: Ref, *, space: VectorSpace, staging: Staging, cache: VectorCache) -> Ref:
     """Add `embedding` (fixed-size list of float32) to a shard in place of `text`.
+
+    Texts that the cache knows cost a look-up; where it knows all, no model is loaded. Without Redis all are encoded.
 
     Raises:
         EmbeddingError: the model cannot be loaded or does not fit the space's dimension.
     """
     messages = read(shard)
-    encoder = get_encoder(space.model, space.dim)
-    vectors = encoder.encode(messages.column("text").to_pylist())
+    said = list(zip(messages.column("user_id").to_pylist(), messages.column("text").to_pylist(), strict=True))
     report.rows_in = report.rows_out = messages.num_rows
-    report.details = {
-        "model": space.model,
-        "dim": space.dim,
-        "device": encoder.device,
-        "dtype": encoder.dtype_name,
-    }
+    report.details = {"model": space.model, "dim": space.dim}
+    vectors = _vectors_of(said, space, cache, report)
     # Of the first shard, whose details stand for the stage; `quality` compares runs by it.
     if report.shard == 0 and (summary := sketch(vectors)) is not None:
         report.details["sketch"] = summary.to_details()
     embedded = messages.drop_columns("text").append_column("embedding", _as_column(vectors))
     return staging.write(f"embedded/{Path(shard['uri']).name}", embedded)
+
+
+def _vectors_of(said: list[tuple[str, str]], space: VectorSpace, cache: VectorCache, report: StageReport) -> Vectors:
+    """The vectors of (user, text) pairs, shape (pairs, dim), from the cache or the model."""
+    place = {text: at for at, text in enumerate(dict.fromkeys(text for _, text in said))}
+    texts = list(place)
+    vectors = np.zeros((len(texts), space.dim), dtype=np.float32)
+    version = model_version(space.model)
+    is_known = np.zeros(len(texts), dtype=bool)
+    with _cache_told() as failures:
+        known = cache.look_up(version or "", texts)
+        if known.vectors.shape[1] <= space.dim:  # else the encoder says what does not fit
+            vectors[known.places, : known.vectors.shape[1]] = known.vectors
+            is_known[known.places] = True
+    missing = np.flatnonzero(~is_known)
+    report.details |= {"cache_hits": len(texts) - len(missing), "cache_misses": len(missing)}
+    made: dict[str, Vectors] = {}
+    if len(missing):
+        encoder = get_encoder(space.model, space.dim)
+        vectors[missing] = encoder.encode([texts[at] for at in missing])
+        made = {texts[at]: vectors[at, : encoder.model_dim] for at in missing}
+        version = version or model_version(space.model)
+        report.details |= {"device": encoder.device, "dtype": encoder.dtype_name}
+    if version and not failures:
+        with _cache_told():
+            cache.keep(version, said, made)
+    return vectors[[place[text] for _, text in said]]
+
+
+@contextmanager
+def _cache_told() -> Iterator[list[StoreError]]:
+    """Log that Redis failed, and go on behind the block: without it texts are encoded anew, and none is kept."""
+    failures: list[StoreError] = []
+    try:
+        yield failures
+    except StoreError as error:
+        failures.append(error)
+        log.warning("vectors are made without the cache", problem=str(error))
 
 
 def embed_catalog(report: StageReport, *, catalog: Catalog, space: VectorSpace, staging: Staging) -> Ref:

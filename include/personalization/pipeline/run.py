@@ -28,6 +28,7 @@ from personalization.schemas import Catalog, Ref, VectorSpace
 from personalization.settings import Settings, get_settings
 from personalization.staging import Staging
 from personalization.stores.analytics import AnalyticsStore
+from personalization.stores.cache import VectorCache
 from personalization.stores.together import Stores
 
 
@@ -155,10 +156,11 @@ class Run:
             )
         with self.stage("embed_catalog") as report:
             utterances = embed_catalog(report, catalog=catalog, space=space, staging=staging)
+        known = VectorCache(cache.client, settings.vector_cache_days)
         embedded = []
         for number, shard in enumerate(shards):
             with self.stage("embed", number) as report:
-                embedded.append(embed(report, shard, space=space, staging=staging))
+                embedded.append(embed(report, shard, space=space, staging=staging, cache=known))
         for number, shard in enumerate(embedded):
             with self.stage("upsert_vectors", number) as report:
                 upsert_vectors(report, shard, space=space, mongo=mongo, vectors=vectors)

@@ -1,17 +1,19 @@
-"""Redis: answers with a time to live, fenced by the serving generation.
+"""Redis: answers with a time to live, fenced by the serving generation, and vectors of texts that were met before.
 
 The generation is part of every stored answer. `publish` moves it on, so answers computed from older data are
 never given as fresh again and expire by themselves.
 """
 
+import hashlib
 import random
 import secrets
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 from redis.asyncio.retry import Retry
@@ -28,6 +30,10 @@ _GENERATION_BYTES = 20
 _EARLIEST = 0.8
 _KEPT_TTLS = 12
 """Times to live for which an answer is kept to stand in."""
+_VECTOR = "vector:"
+_VECTORS_AT_ONCE = 1000
+_DAY_S = 86_400
+_OUTLIVES_S = 3600
 
 
 @contextmanager
@@ -111,19 +117,105 @@ class CachePublisher:
             self.client.set(_touched_key(user_id), secrets.token_hex(8), ex=ttl_s * _KEPT_TTLS * 2)
 
     def erase_user(self, user_id: str) -> dict[str, int]:
-        """Delete the user's answers; return how many. Reads the names of all keys, 1,000 a round trip."""
+        """Delete the user's answers, and the vectors of what they said; return how many of each.
+
+        Reads the names of all keys, 1,000 a round trip.
+        """
         with redis_errors():
             keys = self._answers_of(user_id)
-            return {"answers": int(self.client.delete(*keys)) if keys else 0}
+            answers = int(self.client.delete(*keys)) if keys else 0
+            return {"answers": answers, "vectors": VectorCache(self.client, 0).erase_user(user_id)}
 
     def count_user(self, user_id: str) -> int:
-        """Stored answers of the user."""
+        """Stored answers of the user, and vectors of what they said."""
         with redis_errors():
-            return len(self._answers_of(user_id))
+            return len(self._answers_of(user_id)) + VectorCache(self.client, 0).count_user(user_id)
 
     def _answers_of(self, user_id: str) -> list[bytes]:
         # No id holds a character that a pattern would take for another.
         return list(self.client.scan_iter(match=answer_key(user_id, "*"), count=1000))
+
+
+@dataclass(frozen=True)
+class KnownVectors:
+    """What the cache knows of some texts."""
+
+    places: np.ndarray[Any, np.dtype[np.int64]]
+    """Of the texts that are known among those asked for."""
+    vectors: np.ndarray[Any, np.dtype[np.float32]]
+    """Theirs, shape (places, model's dimension), of unit length, not padded."""
+
+
+class VectorCache:
+    """The pipeline's vectors by model and text: a text that was met before costs a look-up instead of a model.
+
+    A vector is a key of its own with a time to live, so Redis drops what it has no room for. Beside them stands for
+    each user which are of what they said, so that they are found when the user is erased, whatever became of the texts.
+    A vector of several users goes with the first of them that is erased.
+    """
+
+    def __init__(self, client: Redis, days: int) -> None:
+        self.client = client
+        self._ttl_s = days * _DAY_S
+        """0: nothing is asked or kept."""
+
+    def look_up(self, version: str, texts: Sequence[str]) -> KnownVectors:
+        """Of the texts, by the version of the model. A round trip for 1,000 texts; nothing is unpacked one by one."""
+        values: list[bytes | None] = []
+        with redis_errors():
+            for start in range(0, len(texts) if self._ttl_s else 0, _VECTORS_AT_ONCE):
+                keys = [_vector_key(version, text) for text in texts[start : start + _VECTORS_AT_ONCE]]
+                values += cast("list[bytes | None]", self.client.mget(keys))
+        places = np.array([place for place, value in enumerate(values) if value], np.int64)
+        numbers = np.frombuffer(b"".join(value for value in values if value), "<f4")
+        return KnownVectors(places, numbers.reshape(len(places), -1 if len(places) else 0))
+
+    def keep(
+        self,
+        version: str,
+        said: Sequence[tuple[str, str]],
+        made: Mapping[str, np.ndarray[Any, np.dtype[np.float32]]],
+    ) -> None:
+        """Keep the vectors that were `made`, by text, and who `said` which text. Safe to repeat.
+
+        A round trip for 1,000 texts; per text one SET, per user one SADD.
+        """
+        if not self._ttl_s:
+            return
+        with redis_errors():
+            for start in range(0, len(said), _VECTORS_AT_ONCE):
+                part = said[start : start + _VECTORS_AT_ONCE]
+                of_users: dict[str, list[str]] = {}
+                for user_id, text in part:
+                    of_users.setdefault(user_id, []).append(_vector_key(version, text))
+                pipeline = self.client.pipeline(transaction=False)
+                for user_id, keys in of_users.items():  # first, so that no vector is without
+                    pipeline.sadd(_vectors_of(user_id), *keys)
+                    pipeline.expire(_vectors_of(user_id), self._ttl_s + _OUTLIVES_S)
+                for text in {text for _, text in part if text in made}:
+                    pipeline.set(_vector_key(version, text), made[text].astype("<f4").tobytes(), ex=self._ttl_s)
+                pipeline.execute()
+
+    def erase_user(self, user_id: str) -> int:
+        """Delete the vectors of what the user said; return how many there were."""
+        removed = 0
+        with redis_errors():
+            for keys in self._of_user(user_id):
+                pipeline = self.client.pipeline()
+                pipeline.delete(*keys)
+                pipeline.srem(_vectors_of(user_id), *keys)  # not the set: a task at work may have added to it
+                removed += int(pipeline.execute()[0])
+        return removed
+
+    def count_user(self, user_id: str) -> int:
+        """Vectors of what the user said."""
+        with redis_errors():
+            return sum(int(self.client.exists(*keys)) for keys in self._of_user(user_id))
+
+    def _of_user(self, user_id: str) -> Iterator[list[bytes]]:
+        keys = list(cast("set[bytes]", self.client.smembers(_vectors_of(user_id))))
+        for start in range(0, len(keys), _VECTORS_AT_ONCE):
+            yield keys[start : start + _VECTORS_AT_ONCE]
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,3 +349,11 @@ def answer_key(user_id: str, variant: str) -> str:
 
 def _touched_key(user_id: str) -> str:
     return f"touched:{{{user_id}}}"
+
+
+def _vector_key(version: str, text: str) -> str:
+    return f"{_VECTOR}{version}:{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
+
+
+def _vectors_of(user_id: str) -> str:
+    return f"vectors-of:{{{user_id}}}"

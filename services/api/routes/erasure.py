@@ -23,7 +23,7 @@ _REMOVED: dict[ErasedStore, dict[str, int]] = {
     "milvus": {"messages_all_roberta_large_v1_1024_5d2a9c01": 12, "users_all_roberta_large_v1_1024_5d2a9c01": 1},
     "neo4j": {"nodes": 1, "edges": 6},
     "analytics": {"events": 9, "message_intents": 13, "user_engagement": 5},
-    "redis": {"answers": 2},
+    "redis": {"answers": 2, "vectors": 12},
     "staging": {"rows": 25},
 }
 
