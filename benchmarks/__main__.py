@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import anomalies, audit, dashboard, ingest, intents, recommendation, serving
+from benchmarks import anomalies, audit, dashboard, encoder, ingest, intents, recommendation, serving
 
 MESSAGES = 10_000
 RESULTS = Path(__file__).parent / "results"
@@ -12,6 +12,7 @@ BENCHMARKS: dict[str, tuple[Path, Callable[[], None]]] = {
     "dashboard": (RESULTS, lambda: dashboard.main(RESULTS)),
     "anomalies": (anomalies.DATA, lambda: anomalies.main(RESULTS)),
     "audit": (audit.DATA, lambda: audit.main(RESULTS)),
+    "encoder": (encoder.DATA, lambda: encoder.main(RESULTS)),
     "ingest": (ingest.DATA, lambda: ingest.main(MESSAGES, RESULTS)),
     "intents": (intents.DATA, lambda: intents.main(RESULTS)),
     "recommendation": (recommendation.REDIAL, lambda: recommendation.main(RESULTS)),

@@ -37,7 +37,7 @@ def embed(report: StageReport, shard: Ref, *, space: VectorSpace, staging: Stagi
     # Of the first shard, whose details stand for the stage; `quality` compares runs by it.
     if report.shard == 0 and (summary := sketch(vectors)) is not None:
         report.details["sketch"] = summary.to_details()
-    embedded = messages.drop_columns("text").append_column("embedding", _as_column(vectors))
+    embedded = messages.drop_columns("text").append_column("embedding", as_column(vectors))
     return staging.write(f"embedded/{Path(shard['uri']).name}", embedded)
 
 
@@ -136,10 +136,11 @@ def _embed_once(
         vectors = encoder.encode([text for _, text in texts])
     ids = pa.array([one for one, _ in texts], pa.string())
     report.rows_out += len(texts)
-    ref = shared.write(name, pa.table({column: ids, "embedding": _as_column(vectors)}))
+    ref = shared.write(name, pa.table({column: ids, "embedding": as_column(vectors)}))
     report.bytes_written += shared.bytes_written
     return ref
 
 
-def _as_column(vectors: Vectors) -> pa.FixedSizeListArray:
+def as_column(vectors: Vectors) -> pa.FixedSizeListArray:
+    """A matrix as a column `embedding`, without a Python object per vector."""
     return pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
