@@ -39,7 +39,9 @@ class Device(NamedTuple):
 
         On a card two batches that fill it: while one is in the model, the next is copied and the last one fetched.
         """
-        return cls(joblib.cpu_count(), 2048) if device.type == "cpu" else cls(2, 32_768)
+        if device.type == "cpu":
+            return cls(joblib.cpu_count(), 2048)
+        return cls(2 if device.type == "cuda" else 1, 32_768)
 
 
 class Batch(NamedTuple):

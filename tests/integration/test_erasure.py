@@ -485,7 +485,7 @@ def test_a_cached_answer_is_found_whatever_the_variant(settings: Settings, store
     stores.redis.mset(dict.fromkeys(variants, b"1") | {"answer:{anna}:1": b"1"})
     cache = CachePublisher.from_settings(settings)
 
-    assert cache.erase_user("ann") == {"answers": 1500}
+    assert cache.erase_user("ann") == {"answers": 1500, "vectors": 0}
     assert cache.count_user("ann") == 0
     assert cache.count_user("anna") == 1
     cache.client.close()
