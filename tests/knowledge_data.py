@@ -20,7 +20,7 @@ from personalization.recommend.guard import Guard
 from personalization.recommend.knowledge import ServedKnowledge
 from personalization.recommend.ranking import LearnedRanker
 from personalization.recommend.sources import CampaignKnowledge, UserKnowledge
-from personalization.schemas import DAY_MS, INTERESTS_PER_USER, Campaign, Catalog, Intent
+from personalization.schemas import DAY_MS, INTERESTS_PER_USER, Campaign, Catalog, Intent, VectorSpace
 from personalization.stores.analytics import ExpressedMessage, UserEvent, UserFacts
 from personalization.stores.milvus import Neighbour
 from personalization.stores.neo4j import EngagedRow, LinkRow
@@ -186,7 +186,7 @@ class _Stores:
         self._rng = rng
         self._silent = silent
 
-    async def user_vectors(self, user_ids: Sequence[str]) -> dict[str, Any]:
+    async def user_vectors(self, space: VectorSpace, user_ids: Sequence[str]) -> dict[str, Any]:
         if self._silent:
             return {}
         return {
@@ -195,7 +195,7 @@ class _Stores:
             for one in user_ids
         }
 
-    async def neighbours(self, vectors: Any, limit: int) -> list[list[Neighbour]]:
+    async def neighbours(self, space: VectorSpace, vectors: Any, limit: int) -> list[list[Neighbour]]:
         near = [self._rng.uniform(0.3, 1, int(self._rng.integers(0, 8))) for _ in vectors]
         return [[Neighbour(user_id=f"u{at}", similarity=float(one)) for at, one in enumerate(of)] for of in near]
 

@@ -25,7 +25,8 @@ log = structlog.get_logger(__name__)
 class Encoder:
     """A sentence-transformers model on the best device at hand, in half precision where that is faster."""
 
-    def __init__(self, model_name: str, dim: int) -> None:
+    def __init__(self, model_name: str, dim: int, *, only_local: bool = False) -> None:
+        """Load the model; with `only_local` nothing is fetched from the hub."""
         import torch
         from sentence_transformers import SentenceTransformer
 
@@ -35,7 +36,10 @@ class Encoder:
         self.dtype = _best_dtype(torch, self.device)
         try:
             self._model: Any = SentenceTransformer(
-                model_location(model_name), device=self.device, model_kwargs={"dtype": self.dtype}
+                model_location(model_name),
+                device=self.device,
+                model_kwargs={"dtype": self.dtype},
+                local_files_only=only_local,
             )
         except (OSError, ValueError) as error:
             raise EmbeddingError(
@@ -46,7 +50,7 @@ class Encoder:
         if self.model_dim > dim:
             raise EmbeddingError(
                 f"EMBEDDING_MODEL {model_name!r} makes {self.model_dim}-d vectors, which do not fit "
-                f"EMBEDDING_DIM={dim}; set EMBEDDING_DIM to {self.model_dim} or more"
+                f"EMBEDDING_DIM={dim}; set it, or the dim of a migration, to {self.model_dim} or more"
             )
         self._dim = dim
         self._packed = PackedModel(self._model) if PackedModel.can_take(self._model) else None

@@ -422,6 +422,12 @@ class VectorSpace(NamedTuple):
         return f"{alias}_{self.name}"
 
 
+SpaceState = Literal["live", "filling", "kept", "behind"]
+"""`live`: what is served is of it. `filling`: a migration to it is under way. `kept`: as it was live before, for a way
+back. Runs keep these up to date; `behind`: one could not, so a migration to it fills it anew.
+"""
+
+
 class Ref(TypedDict):
     """Reference to one staged Parquet file: what travels through XCom."""
 

@@ -1,36 +1,29 @@
 """The embedding service: the pipeline's own encoder behind one path, so that the API's image carries no torch."""
 
-import asyncio
 import base64
-import os
-import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-import structlog
 from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
-from personalization.encoder import Encoder, Vectors
-from personalization.errors import EmbeddingError
+from personalization.encoder import Vectors
+from personalization.schemas import VectorSpace
 from personalization.settings import Settings, get_settings
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from services.api.logs import configure_logs
 from services.api.metrics import Metrics
 from services.api.problems import add_problem_handlers
 from services.api.shell import Shell
-from services.embedding.batching import Batcher, BusyError
+from services.embedding.batching import BusyError
+from services.embedding.encoders import MAX_TEXTS, Encoders, NotLoadedError
 
-MAX_TEXTS = 64
-"""Texts of a request, and of a batch: what a newcomer waits for is one such batch and its own."""
-_WAITING_TEXTS = 8 * MAX_TEXTS
 _BYTES_PER_CHAR = 12  # of JSON at its longest: two escapes for what is beyond the basic plane
 _BYTES_BESIDE = 65_536
-_TRY_AGAIN_S = 30.0
 _RETRY_AFTER = {"Retry-After": "1"}
+_RETRY_AFTER_LOADING = {"Retry-After": "5"}
 
-log = structlog.get_logger(__name__)
 router = APIRouter()
 
 
@@ -47,6 +40,15 @@ class Texts(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     texts: list[Annotated[str, Field(min_length=1), AfterValidator(_fits)]] = Field(min_length=1, max_length=MAX_TEXTS)
+    model: str | None = Field(default=None, min_length=1, max_length=250)
+    """With `dim` the vector space that is wanted; without, that of the settings."""
+    dim: int | None = Field(default=None, ge=8, le=32768)
+
+    @model_validator(mode="after")
+    def _is_a_space(self) -> Self:
+        if (self.model is None) != (self.dim is None):
+            raise ValueError("model and dim go together")
+        return self
 
 
 class Embedded(BaseModel):
@@ -75,13 +77,17 @@ class Ready(BaseModel):
 
 @router.post("/embed")
 async def embed(request: Request, wanted: Texts) -> Embedded:
-    """The vectors that the pipeline would store for these texts, zero-padded to `dim`."""
-    settings: Settings = request.app.state.settings
+    """The vectors that the pipeline would store for these texts in the wanted space, zero-padded to `dim`."""
+    encoders: Encoders = request.app.state.encoders
+    wants = wanted.model is not None and wanted.dim is not None
+    space = VectorSpace(wanted.model, wanted.dim) if wants else encoders.own  # type: ignore[arg-type]
     try:
-        vectors = await _loaded(request).embed(wanted.texts)
+        vectors = await encoders.embed(space, wanted.texts)
+    except NotLoadedError as error:
+        raise HTTPException(503, "The model is not loaded yet.", _RETRY_AFTER_LOADING) from error
     except BusyError as error:
         raise HTTPException(503, "Too many texts wait to be embedded.", _RETRY_AFTER) from error
-    return Embedded(model=settings.embedding_model, dim=settings.embedding_dim, vectors=_encoded(vectors))
+    return Embedded(model=space.model, dim=space.dim, vectors=_encoded(vectors))
 
 
 @router.get("/health")
@@ -92,10 +98,11 @@ async def health() -> Health:
 
 @router.get("/ready")
 async def ready(request: Request) -> Ready:
-    """Whether the model is loaded; 503 until then."""
-    settings: Settings = request.app.state.settings
-    _loaded(request)
-    return Ready(model=settings.embedding_model, dim=settings.embedding_dim)
+    """Whether a model is loaded, and which was asked for last; 503 until then."""
+    encoders: Encoders = request.app.state.encoders
+    if (space := encoders.latest) is None:
+        raise HTTPException(503, "The model is not loaded yet.", _RETRY_AFTER_LOADING)
+    return Ready(model=space.model, dim=space.dim)
 
 
 @router.get("/metrics", response_class=Response)
@@ -113,9 +120,8 @@ def create_app(settings: Settings) -> FastAPI:
         version="0.1.0",
         lifespan=_lifespan,
     )
-    app.state.settings = settings
     app.state.metrics = Metrics()
-    app.state.batcher = None
+    app.state.encoders = Encoders(settings)
     add_problem_handlers(app)
     app.include_router(router)
     app.add_middleware(
@@ -131,56 +137,10 @@ def create_app(settings: Settings) -> FastAPI:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     configure_logs()
-    serving = asyncio.create_task(_serve(app))
-    serving.add_done_callback(_end_with)
+    encoders: Encoders = app.state.encoders
+    encoders.start(encoders.own)
     yield
-    serving.cancel()
-
-
-async def _serve(app: FastAPI) -> None:
-    """Load the model, then encode what is asked for."""
-    settings: Settings = app.state.settings
-    encoder = await _load(settings)
-    app.state.batcher = Batcher(
-        encoder.encode,
-        batch_texts=MAX_TEXTS,
-        waiting_texts=_WAITING_TEXTS,
-        patience_s=settings.store_timeout_s,
-    )
-    await app.state.batcher.run()
-
-
-async def _load(settings: Settings) -> Encoder:
-    """The model, tried for until it can be loaded: the hub may be out of reach for a while."""
-    while True:
-        try:
-            return await asyncio.to_thread(_warm_encoder, settings)
-        except EmbeddingError as error:
-            log.error("the model is not loaded", problem=str(error), again_in_s=_TRY_AGAIN_S)
-            await asyncio.sleep(_TRY_AGAIN_S)
-
-
-def _warm_encoder(settings: Settings) -> Encoder:
-    # Read when torch is loaded. Threads that spin while they wait for each other take ten times as long for a short
-    # text where they share the cores with others.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    encoder = Encoder(settings.embedding_model, settings.embedding_dim)
-    encoder.encode(["warm"])  # the first inference takes far longer than others
-    return encoder
-
-
-def _end_with(serving: asyncio.Task[None]) -> None:
-    """End the process with what serves, for its supervisor to see."""
-    if not serving.cancelled() and (error := serving.exception()) is not None:
-        log.error("the encoder ended", error=type(error).__qualname__, problem=str(error))
-        signal.raise_signal(signal.SIGTERM)
-
-
-def _loaded(request: Request) -> Batcher:
-    batcher: Batcher | None = request.app.state.batcher
-    if batcher is None:
-        raise HTTPException(503, "The model is not loaded yet.", _RETRY_AFTER)
-    return batcher
+    encoders.stop()
 
 
 def _encoded(vectors: Vectors) -> list[str]:

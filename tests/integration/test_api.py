@@ -389,10 +389,10 @@ async def test_without_the_embedding_service_there_is_no_preview_but_all_else(pu
 
 
 async def test_a_user_is_never_their_own_neighbour(api: httpx.AsyncClient) -> None:
-    vectors = recommender_of(api).vectors
-    found = await vectors.user_vectors(["maria", "filmfan82", "nobody-we-know"])
+    vectors, space = recommender_of(api).vectors, (await recommender_of(api).knowledge()).space
+    found = await vectors.user_vectors(space, ["maria", "filmfan82", "nobody-we-know"])
 
-    near = await vectors.neighbours(np.stack([found["maria"][0], found["filmfan82"][0]]), 47)
+    near = await vectors.neighbours(space, np.stack([found["maria"][0], found["filmfan82"][0]]), 47)
 
     assert set(found) == {"maria", "filmfan82"}
     assert [len(one) for one in near] == [47, 47]

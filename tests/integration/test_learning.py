@@ -13,7 +13,7 @@ from personalization.pipeline import learn as learn_stage
 from personalization.pipeline.run import run_pipeline
 from personalization.recommend.knowledge import ServedKnowledge
 from personalization.recommend.service import Ask, Recommender
-from personalization.schemas import Event, Recommendations
+from personalization.schemas import Event, Recommendations, VectorSpace
 from personalization.settings import Settings
 from personalization.stores.analytics import AnalyticsStore
 from personalization.stores.mongo import event_document
@@ -183,7 +183,7 @@ def test_what_is_served_reads_messages_as_the_run_did(settings: Settings, stores
 
     known, _ = served(stores)
 
-    assert known.model == settings.embedding_model
+    assert known.space == VectorSpace(settings.embedding_model, settings.embedding_dim)
     assert known.classifier is not None
     vectors = np.asarray(list(by_id.values()), dtype=np.float32)
     read = {

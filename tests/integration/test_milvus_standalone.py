@@ -9,6 +9,7 @@ from personalization.erasure.erase import erase
 from personalization.erasure.places import Places
 from personalization.local.stack import Stack
 from personalization.pipeline.run import run_pipeline
+from personalization.schemas import VectorSpace
 from personalization.settings import Settings
 from personalization.stores.milvus import AsyncVectorReader
 
@@ -32,12 +33,13 @@ async def test_vectors_are_written_once_neighbours_are_found_and_a_user_is_erase
     assert details["nothing_new"] is True
     assert details["vectors"] == details["messages"] == 440
     reader = AsyncVectorReader(settings)
-    found = await reader.user_vectors(["maria", "nobody-we-know"])
-    [neighbours] = await reader.neighbours(found["maria"][:1], 10)
+    space = VectorSpace(settings.embedding_model, settings.embedding_dim)
+    found = await reader.user_vectors(space, ["maria", "nobody-we-know"])
+    [neighbours] = await reader.neighbours(space, found["maria"][:1], 10)
     with Places.of(settings) as places:
         erased = erase("maria", places)
     assert erased.status == "erased"
-    assert await reader.user_vectors(["maria"]) == {}
+    assert await reader.user_vectors(space, ["maria"]) == {}
     await reader.close()
     assert set(found) == {"maria"}
     assert 2 <= len(found["maria"]) <= 5

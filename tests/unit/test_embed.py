@@ -217,7 +217,7 @@ def test_vectors_that_do_not_fit_are_refused_with_what_to_set(encoder: Encoder):
 
     assert str(refused.value) == (
         f"EMBEDDING_MODEL '{MODEL}' makes 384-d vectors, which do not fit EMBEDDING_DIM=383; "
-        f"set EMBEDDING_DIM to 384 or more"
+        f"set it, or the dim of a migration, to 384 or more"
     )
 
 

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from personalization.encoder import Vectors
 from personalization.errors import EmbeddingError, StoreError
+from personalization.schemas import VectorSpace
 from personalization.settings import Settings
 from personalization.stores.embedding import AsyncEmbedder
 
-from services.embedding import main
+from services.embedding import encoders
 from services.embedding.batching import Batcher, BusyError
-from services.embedding.main import MAX_TEXTS, create_app
+from services.embedding.encoders import MAX_TEXTS, Encoders, NotLoadedError
+from services.embedding.main import create_app
 
 
 class Slow:
@@ -122,44 +124,97 @@ async def test_a_text_that_cannot_be_encoded_fails_its_own_request_alone(slow: S
 # --- before the model is there
 
 
-async def test_until_the_model_is_loaded_it_is_up_but_not_ready_and_the_client_says_so():
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> set[VectorSpace]:
+    """Spaces whose model can be loaded; all others are out of reach. A vector says by which it was made."""
+    there: set[VectorSpace] = set()
+
+    class Loaded:
+        def __init__(self, space: VectorSpace) -> None:
+            self.space = space
+
+        def encode(self, texts: list[str]) -> Vectors:
+            return np.full((len(texts), self.space.dim), len(self.space.model), dtype=np.float32)
+
+    def load(self: Encoders, space: VectorSpace) -> Loaded:
+        if space not in there:
+            raise EmbeddingError("the hub is out of reach")
+        return Loaded(space)
+
+    monkeypatch.setattr(Encoders, "_warm_encoder", load)
+    monkeypatch.setattr(encoders, "_TRY_AGAIN_S", 0.01)
+    return there
+
+
+async def test_until_the_model_is_loaded_it_is_up_but_not_ready_and_the_client_says_so(hub: set[VectorSpace]):
     transport = httpx.ASGITransport(create_app(Settings(_env_file=None)))
     async with httpx.AsyncClient(transport=transport, base_url="http://embedding") as client:
         assert (await client.get("/health")).json() == {"status": "ok"}
         for answer in (await client.get("/ready"), await client.post("/embed", json={"texts": ["hello"]})):
             assert answer.status_code == 503
             assert answer.headers["content-type"] == "application/problem+json"
-            assert answer.headers["retry-after"] == "1"
+            assert answer.headers["retry-after"] == "5"
             assert answer.json()["detail"] == "The model is not loaded yet."
         with pytest.raises(StoreError, match=r"^embedding: is busy, or its model is not loaded yet$"):
             await AsyncEmbedder(client).embed(["hello"])
 
 
-async def test_a_full_queue_is_a_503_that_says_when_to_try_again(slow: Slow):
+async def test_a_full_queue_is_a_503_that_says_when_to_try_again(slow: Slow, hub: set[VectorSpace]):
     app = create_app(Settings(_env_file=None))
-    app.state.batcher = Batcher(slow.encode, batch_texts=1, waiting_texts=0, patience_s=1)
+    app.state.encoders.start(app.state.encoders.own)
+    serving = app.state.encoders._serving[app.state.encoders.own]
+    serving.batcher = Batcher(slow.encode, batch_texts=1, waiting_texts=0, patience_s=1)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://embedding") as client:
         answer = await client.post("/embed", json={"texts": ["1"]})
+    app.state.encoders.stop()
 
     assert answer.status_code == 503
     assert answer.headers["retry-after"] == "1"
     assert answer.json()["detail"] == "Too many texts wait to be embedded."
 
 
-async def test_a_model_that_cannot_be_loaded_is_tried_for_again(monkeypatch: pytest.MonkeyPatch):
-    tries: list[Settings] = []
+async def test_a_model_that_cannot_be_loaded_is_tried_for_again(hub: set[VectorSpace]):
+    found = Encoders(Settings(_env_file=None))
+    found.start(found.own)
+    await asyncio.sleep(0.05)
+    assert found.latest is None
+    hub.add(found.own)
 
-    def load(settings: Settings) -> str:
-        tries.append(settings)
-        if len(tries) < 3:
-            raise EmbeddingError("the hub is out of reach")
-        return "loaded"
+    async with asyncio.timeout(60):
+        while found.latest is None:
+            await asyncio.sleep(0.01)
 
-    monkeypatch.setattr(main, "_warm_encoder", load)
-    monkeypatch.setattr(main, "_TRY_AGAIN_S", 0.01)
+    assert found.latest == found.own
+    found.stop()
 
-    assert await main._load(Settings(_env_file=None)) == "loaded"
-    assert len(tries) == 3
+
+async def test_the_space_that_is_asked_for_is_loaded_and_at_most_two_are(hub: set[VectorSpace]):
+    """What is served may have moved to another model; the service follows without a restart."""
+    found = Encoders(Settings(_env_file=None, embedding_model="own", embedding_dim=8))
+    later, last = VectorSpace("later", 8), VectorSpace("the last", 8)
+    hub |= {found.own, later, last}
+
+    async def vector(space: VectorSpace) -> float:
+        async with asyncio.timeout(60):
+            while True:
+                try:
+                    return float((await found.embed(space, ["hello"]))[0, 0])
+                except NotLoadedError:
+                    await asyncio.sleep(0.01)
+
+    assert [await vector(one) for one in (found.own, later, found.own, last)] == [3, 5, 3, 8]
+    assert set(found._serving) == {found.own, last}  # the one that was not asked for the longest made room
+    assert found.latest == last
+    found.stop()
+
+
+async def test_a_model_without_its_dimension_is_no_space(hub: set[VectorSpace]):
+    transport = httpx.ASGITransport(create_app(Settings(_env_file=None)))
+    async with httpx.AsyncClient(transport=transport, base_url="http://embedding") as client:
+        answer = await client.post("/embed", json={"texts": ["hello"], "model": "some/model"})
+
+    assert answer.status_code == 422
+    assert "go together" in answer.json()["detail"]
 
 
 # --- what it says of itself

@@ -17,6 +17,7 @@ from personalization.learning.training import fit_ranker, past_examples
 from personalization.recommend import knowledge
 from personalization.recommend.knowledge import ServedKnowledge, is_current
 from personalization.recommend.sources import CampaignKnowledge
+from personalization.schemas import VectorSpace
 from personalization.understanding.classifier import IntentClassifier
 
 
@@ -87,12 +88,12 @@ def test_the_intents_reader_goes_with_it_and_reads_as_the_fitted_classifier_does
     fitted = IntentClassifier.fit([f"i{place}" for place in places], said)
     campaigns = some_campaigns(rng, 2)
     served = ServedKnowledge(
-        catalog_of(campaigns), campaigns, None, model="a/model", classifier_content=fitted.to_bytes()
+        catalog_of(campaigns), campaigns, None, space=VectorSpace("a/model", 8), classifier_content=fitted.to_bytes()
     )
 
     back = ServedKnowledge.from_bytes(served.to_bytes())
 
-    assert back.model == "a/model"
+    assert back.space == VectorSpace("a/model", 8)
     assert back.classifier is back.classifier is not None
     assert back.classifier.intent_ids == fitted.intent_ids
     for keep in (0.5, 0.94):

@@ -14,6 +14,7 @@ _SAMPLES = 10
 # (expected, found, (missing, too much, different)) as queries of (id, user_id, value).
 _SAID = "SELECT id, user_id, user_id || ' at ' || datetime(at, 'unixepoch') AS value FROM"
 _TAKEN = "SELECT id, user_id, user_id || ' at ' || datetime(at, 'unixepoch') || ' by ' || run_id AS value FROM"
+_KEPT = "SELECT id, user_id, user_id AS value FROM"
 _KNOWN = """SELECT user_id FROM messages UNION SELECT user_id FROM events WHERE run_id IS NOT NULL"""
 _LAST_SEEN = """SELECT '{0}/' || user_id AS id, user_id, 'last message at ' || datetime(max(at), 'unixepoch') AS value
     FROM messages GROUP BY user_id"""
@@ -77,6 +78,9 @@ def find_drift(evidence: Evidence) -> Iterator[str]:
     for expected, found, kinds in _COMPARISONS:
         yield kinds[0].replace("_", " ")
         _compare(scratch, expected, found, *kinds)
+    if evidence.keeps is not None:
+        kinds = ("kept_vector_missing", "kept_vector_without_message", "kept_vector_missing")
+        _compare(scratch, f"{_KEPT} messages", f"{_KEPT} kept_vectors", *kinds)
     _find_left_behind(scratch)
     _find_erased(scratch)
     if not evidence.is_catalog_in_flux:
@@ -143,6 +147,7 @@ def _find_erased(scratch: Scratch) -> None:
         "messages",
         "events",
         "vectors",
+        "kept_vectors",
         "profiles",
         "intents",
         "sql_events",

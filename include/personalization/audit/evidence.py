@@ -18,6 +18,7 @@ from personalization.audit.scratch import Row, Scratch
 from personalization.catalog.loading import catalog_version, intents_version
 from personalization.errors import StoreError
 from personalization.pipeline.lineage import LONGEST_TASK, StageReport
+from personalization.pipeline.spaces import live_space
 from personalization.recommend.knowledge import ServedKnowledge
 from personalization.schemas import OTHER_INTENT, Engagement, VectorSpace, erasure_id
 from personalization.settings import Settings
@@ -45,6 +46,7 @@ _TABLES = {
     "events": "id TEXT, user_id TEXT, value TEXT, run_id TEXT",
     "runs": "run_id TEXT PRIMARY KEY, for_messages TEXT, for_events TEXT",
     "vectors": "id TEXT, user_id TEXT, at INTEGER",
+    "kept_vectors": "id TEXT, user_id TEXT",
     "profiles": "id TEXT, user_id TEXT, last_seen INTEGER",
     "intents": "id TEXT, user_id TEXT, at INTEGER, run_id TEXT",
     "sql_events": "id TEXT, user_id TEXT, value TEXT",
@@ -76,6 +78,8 @@ class Evidence:
     is_catalog_in_flux: bool = False
     """A run at work applies another catalog: all that is derived by it is about to change."""
     has_published: bool = False
+    keeps: VectorSpace | None = None
+    """A former vector space that is kept for a way back. One that is being filled is not compared."""
     serves: ServedKnowledge | None = None
     """What is served, where it is of the catalog and the version of now."""
     serving_problem: str | None = None
@@ -97,7 +101,7 @@ class Reader:
         self._stores = stores
         self._settings = settings
         self._repairs = repairs
-        self._space = VectorSpace(settings.embedding_model, settings.embedding_dim)
+        self._space = live_space(stores.analytics, stores.vectors, settings)
         self.evidence = Evidence(scratch)
 
     def steps(self) -> Iterator[str]:
@@ -114,6 +118,7 @@ class Reader:
         self._read_graph()
         yield "Milvus"
         self._read_vectors()
+        self._read_kept()
         self._read_profiles()
         yield "SQL"
         self._read_sql()
@@ -207,6 +212,16 @@ class Reader:
                 self._read_intents(reader, [page[at] for at in sound], matrix[sound])
         self.evidence.count("milvus", "vectors", rows)
 
+    def _read_kept(self) -> None:
+        """The ids of a former space's message vectors."""
+        spaces = self._stores.analytics.spaces()
+        self.evidence.keeps = next((space for space, state in spaces.items() if state == "kept"), None)
+        if self.evidence.keeps is None:
+            return
+        pages = self._stores.vectors.pages(self.evidence.keeps.collection(MESSAGES), ("id", "user_id"))
+        rows = self._scratch.fill("kept_vectors", ([(one["id"], one["user_id"]) for one in page] for page in pages))
+        self.evidence.count("milvus", "kept vectors", rows)
+
     def _read_intents(self, reader: IntentReader, messages: Sequence[dict[str, Any]], matrix: Vectors) -> None:
         """Compare the stored intents of a page of messages with what the classifier reads now."""
         stored = self._stores.analytics.intents_of([one["id"] for one in messages])
@@ -231,7 +246,7 @@ class Reader:
         if serves is None or state is None:
             return None
         is_current = state.intents_version == intents_version(serves.catalog, self._space, self._settings)
-        return serves.classifier if is_current and serves.model == self._space.model else None
+        return serves.classifier if is_current and serves.space == self._space else None
 
     def _read_profiles(self) -> None:
         rows = 0
@@ -341,7 +356,7 @@ class Reader:
         at_work = False
         for run_id, (model, published_at) in self._stores.mongo.run_states().items():
             if published_at is not None and began.get(run_id) == (model, published_at):
-                rows.append((run_id, SETTLED if model == self._space.model else LEFT_BEHIND, SETTLED))
+                rows.append((run_id, SETTLED, SETTLED))
             elif published_at is not None or self._is_at_work(run_id):  # published meanwhile
                 at_work = True
                 rows.append((run_id, IN_FLUX, IN_FLUX))

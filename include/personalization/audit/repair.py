@@ -20,7 +20,8 @@ from personalization.catalog.loading import load_catalog
 from personalization.pipeline.ingest import MESSAGE_SCHEMA
 from personalization.pipeline.lineage import StageReport, record_lineage
 from personalization.pipeline.run import Run
-from personalization.schemas import Ref, VectorSpace
+from personalization.pipeline.spaces import live_space
+from personalization.schemas import Ref
 from personalization.settings import Settings
 from personalization.staging import Staging
 from personalization.stores.milvus import INTERESTS, MESSAGES, USERS, interest_id
@@ -61,7 +62,7 @@ class _Repair:
         self._scratch = scratch
         self._stores = stores
         self._settings = settings
-        self._space = VectorSpace(settings.embedding_model, settings.embedding_dim)
+        self._space = live_space(stores.analytics, stores.vectors, settings)
         self._run_id = f"{REPAIR_RUN}{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}_{uuid.uuid4().hex[:8]}"
         self._staging = Staging(settings.staging_uri, self._run_id)
 
@@ -77,6 +78,10 @@ class _Repair:
         mongo, vectors, analytics = self._stores.mongo, self._stores.vectors, self._stores.analytics
         for ids in self._ids("vector_without_message"):
             vectors.delete(self._space.collection(MESSAGES), _left(ids, mongo.stored("message", ids)))
+        kept = [space for space, state in analytics.spaces().items() if state == "kept"]
+        for ids in self._ids("kept_vector_without_message"):
+            for space in kept:
+                vectors.delete(space.collection(MESSAGES), _left(ids, mongo.stored("message", ids)))
         for ids in self._ids("intents_without_message"):
             analytics.replace_message_intents(_left(ids, mongo.stored("message", ids)), [])
         for ids in self._ids("event_without_source"):

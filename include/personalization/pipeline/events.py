@@ -73,10 +73,6 @@ class EventTaker(Taker[Event]):
         """As in the collection `events`."""
         return event_document(record, origin)
 
-    def published(self, run_ids: set[str]) -> set[str]:
-        """With any model: events are not embedded."""
-        return self._mongo.runs_published(run_ids)
-
 
 def _row(document: Document) -> dict[str, object]:
     return {

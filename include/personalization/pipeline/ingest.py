@@ -1,7 +1,7 @@
 """Ingest: validate rows, quarantine the bad ones, keep the good ones in MongoDB, stage what is to do.
 
-What is to do: messages that are new or changed, and those no published run has processed with this
-embedding model. So a file taken again costs one look-up a batch, and a failed run heals.
+What is to do: messages that are new or changed, and those no published run has processed. So a file taken again costs
+one look-up a batch, and a failed run heals.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,6 @@ def ingest(
     *,
     files: Sequence[UPath],
     skip_bad_files: bool,
-    model: str,
     mongo: MongoStore,
     staging: Staging,
     settings: Settings,
@@ -47,7 +46,7 @@ def ingest(
     mongo.ensure_schema()
     if files:
         mongo.open_run(report.run_id)
-    taker = MessageTaker(report, model, mongo, settings)
+    taker = MessageTaker(report, mongo, settings)
     shards = _ShardWriter(staging, settings.shard_rows)
     for messages in taker.take(files, skip_bad_files=skip_bad_files):
         shards.add(messages)
@@ -59,13 +58,9 @@ def ingest(
 
 
 class MessageTaker(Taker[Message]):
-    """Takes messages. They are done once processed with the embedding model."""
+    """Takes messages."""
 
     kind = "message"
-
-    def __init__(self, report: StageReport, model: str, mongo: MongoStore, settings: Settings) -> None:
-        super().__init__(report, mongo, settings)
-        self._model = model
 
     def parse(self, row: Row) -> Message | str:
         """Validate the message; it may be as long as the settings say."""
@@ -87,10 +82,6 @@ class MessageTaker(Taker[Message]):
             "content_hash": record.content_hash,
             **origin,
         }
-
-    def published(self, run_ids: set[str]) -> set[str]:
-        """With this model: another one's vectors do not serve."""
-        return self._mongo.runs_published_with(self._model, run_ids)
 
 
 class _ShardWriter:

@@ -41,15 +41,38 @@ def learn(
     staging: Staging,
     settings: Settings,
 ) -> bool:
-    """Stage what `publish` is to serve; False where what is served is still good.
+    """Stage what `publish` is to serve; False where what is served is still good."""
+    if not user_pages and _is_still_good(analytics, catalog, time.time_ns() // 1_000_000):
+        report.details = {"nothing_new": True}
+        return False
+    learn_anew(
+        report,
+        catalog=catalog,
+        space=space,
+        analytics=analytics,
+        vectors=vectors,
+        staging=staging,
+        settings=settings,
+    )
+    return True
+
+
+def learn_anew(
+    report: StageReport,
+    *,
+    catalog: Catalog,
+    space: VectorSpace,
+    analytics: AnalyticsStore,
+    vectors: VectorStore,
+    staging: Staging,
+    settings: Settings,
+) -> None:
+    """Stage what is to be served, by the vectors of a space.
 
     Draws the knowledge of now, and fits the ranker to the past; it is served only if it beats rank fusion on
     moments it was not fitted to. Costs one `load_history`, a snapshot for each of thirteen moments and two fits.
     """
     now_ms = time.time_ns() // 1_000_000
-    if not user_pages and _is_still_good(analytics, catalog, now_ms):
-        report.details = {"nothing_new": True}
-        return False
     staged = embed_campaigns(report, catalog=catalog, space=space, staging=staging)
     history = load_history(
         analytics=analytics,
@@ -65,9 +88,7 @@ def learn(
     # Kept since the stage that reads messages with it.
     utterances = embed_utterances(report, catalog=catalog, space=space, staging=staging)
     classifier = fitted_classifier(utterances).to_bytes() if utterances["rows"] else b""
-    content = ServedKnowledge(
-        catalog, snapshot.campaigns, learned, choice.fusion.version, space.model, classifier
-    ).to_bytes()
+    content = ServedKnowledge(catalog, snapshot.campaigns, learned, choice.fusion.version, space, classifier).to_bytes()
     write_atomically(staging.root / SERVED_FILE, content)
     report.bytes_written += len(content)
     report.rows_in = len(history.signals.at)
@@ -82,7 +103,6 @@ def learn(
         "bytes": len(content),
     }
     log.info(f"{choice.ranker.version}: {choice.reason}")
-    return True
 
 
 def _is_still_good(analytics: AnalyticsStore, catalog: Catalog, now_ms: int) -> bool:

@@ -25,6 +25,7 @@ STAGES = (
     "embed_catalog",
     "embed",
     "upsert_vectors",
+    "mirror_vectors",
     "detect_intents",
     "build_graph",
     "roll_up_engagement",
@@ -32,6 +33,21 @@ STAGES = (
     "learn",
     "publish",
 )
+
+MIGRATION_STAGES = (
+    "check",
+    "fill",
+    "catch_up",
+    "verify",
+    "swap",
+    "embed_catalog",
+    "detect_intents",
+    "build_graph",
+    "roll_up_engagement",
+    "learn",
+    "publish",
+)
+"""Of the DAG `reembed`, whose last stages are the pipeline's own."""
 
 LONGEST_TASK = timedelta(hours=24)
 """No task works longer: what still says so was killed."""
@@ -97,9 +113,8 @@ def run_summary(rows: Sequence[dict[str, Any]]) -> str:
     """What became of a run, of the rows that `record_lineage` returns, in a line."""
     by_stage = {row["stage"]: row for row in rows}
     parts = [f"{row['stage']} failed: {row['error_type']}" for row in rows if row["status"] == "failed"]
-    for stage, what in (("ingest", "messages"), ("ingest_events", "events")):
-        row = by_stage[stage]
-        if row["rows_in"]:
+    for stage, what in (("ingest", "messages"), ("ingest_events", "events"), ("fill", "embedded anew")):
+        if (row := by_stage.get(stage)) and row["rows_in"]:
             parts.append(f"{what}: {summarised(*(row[name] for name in _COUNTS[:4]))}")
     retries = sum(row["retries"] for row in rows)
     return "; ".join([*(parts or ["nothing new"]), *([f"{retries:,} retried"] if retries else [])])
@@ -119,14 +134,16 @@ def reported(
     shard: int = 0,
     attempt: int = 1,
     settings: Settings | None = None,
+    model: str | None = None,
 ) -> Iterator[StageReport]:
-    """Keep a report of the block in staging, whatever comes of the block; the settings name model and code.
+    """Keep a report of the block in staging, whatever comes of the block; the settings name the code, and the model
+    where none is named.
 
     A task that is killed leaves `running` behind, which `record_lineage` takes for a failure.
     """
     report = StageReport(run_id=run_id, stage=stage, shard=shard, attempt=attempt, started_at=datetime.now(UTC))
     if settings is not None:
-        report.model, report.code_version = settings.embedding_model, code_version(settings)
+        report.model, report.code_version = model or settings.embedding_model, code_version(settings)
     started, staged_before = time.perf_counter(), staging.bytes_written
     _set_aside_earlier(staging, report)
     _save(staging, report)
@@ -177,7 +194,12 @@ def at_work(staging_uri: str) -> list[datetime]:
 
 
 def record_lineage(
-    run_id: str, staging: Staging, analytics: AnalyticsStore, *, failed_tasks: Collection[tuple[str, int]] = ()
+    run_id: str,
+    staging: Staging,
+    analytics: AnalyticsStore,
+    *,
+    stages: Sequence[str] = STAGES,
+    failed_tasks: Collection[tuple[str, int]] = (),
 ) -> list[dict[str, Any]]:
     """Set the run's rows in `pipeline_runs` and `stage_attempts` from its reports; return the former, in order.
 
@@ -188,16 +210,16 @@ def record_lineage(
     newest = {(one.stage, one.shard): one for one in _read(folder)}
     for stage, shard in set(failed_tasks):
         report = newest.get((stage, shard))
-        if stage in STAGES and (report is None or report.status == "success"):
+        if stage in stages and (report is None or report.status == "success"):
             newest[stage, shard] = _ended_unseen(run_id, stage, shard, report)
     by_stage: dict[str, list[StageReport]] = defaultdict(list)
     for key in sorted(newest):
         by_stage[key[0]].append(newest[key])
     failed = any(report.status != "success" for report in newest.values())
     rows = [
-        _stage_row(run_id, position, stage, by_stage[stage], run_failed=failed) for position, stage in enumerate(STAGES)
+        _stage_row(run_id, position, stage, by_stage[stage], run_failed=failed) for position, stage in enumerate(stages)
     ]
-    attempts = [_attempt_row(one) for one in (*_read(folder / _EARLIER), *newest.values()) if one.stage in STAGES]
+    attempts = [_attempt_row(one) for one in (*_read(folder / _EARLIER), *newest.values()) if one.stage in stages]
     analytics.ensure_schema()
     analytics.record_runs(rows, attempts)
     return rows

@@ -20,7 +20,9 @@ def prepare(
     settings: Settings,
 ) -> None:
     """Make the stores ready for the run and bring the catalog into them. Safe to repeat."""
+    report.model = space.model
     vectors.ensure_schema(space)
+    vectors.serve(space)
     graph.ensure_schema()
     analytics.ensure_schema()
     # From here on what is served is of no one catalog, until `publish` says so.

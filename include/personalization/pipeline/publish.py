@@ -36,6 +36,9 @@ def publish(
 ) -> None:
     """Mark the run's messages and events as processed and start a new serving generation.
 
+    A run that a migration to another model has overtaken serves none of what it learned. It mirrored its vectors,
+    and the next run reads all messages by the classifier of the space that is live then.
+
     The last stage: whatever stopped before it leaves them to be taken again. Where nothing
     changed, the generation stays and cached answers stay good.
     """
@@ -52,7 +55,10 @@ def publish(
     }
     if learned:
         content = _learned(staging)
-        analytics.publish_served(content, ServedKnowledge.from_bytes(content).campaigns.at, report.run_id)
+        at = ServedKnowledge.from_bytes(content).campaigns.at
+        if not analytics.publish_served(content, at, report.run_id, space):
+            report.details["overtaken"] = True
+            log.warning("a migration to another model has overtaken this run; the next one serves what it learned of")
     if user_pages or learned:
         report.details["generation"] = cache.next_generation()
         analytics.announce_served()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from os import PathLike
 from typing import Any, TypedDict
 
@@ -20,8 +21,10 @@ from personalization.pipeline.ingest import ingest
 from personalization.pipeline.intents import detect_intents
 from personalization.pipeline.learn import learn
 from personalization.pipeline.lineage import StageReport, record_lineage, reported
+from personalization.pipeline.mirror import mirror_vectors
 from personalization.pipeline.prepare import prepare
 from personalization.pipeline.publish import publish
+from personalization.pipeline.spaces import live_space
 from personalization.pipeline.vectors import refresh_profiles, upsert_vectors
 from personalization.reading import locate
 from personalization.schemas import Catalog, Ref, VectorSpace
@@ -88,7 +91,6 @@ def _run_stages(
             report,
             files=files,
             skip_bad_files=False,
-            model=run.space.model,
             mongo=stores.mongo,
             staging=staging,
             settings=settings,
@@ -107,14 +109,15 @@ class Run:
     stores: Stores
     catalog: Catalog
 
-    @property
+    @cached_property
     def space(self) -> VectorSpace:
-        """The vector space of the run."""
-        return VectorSpace(self.settings.embedding_model, self.settings.embedding_dim)
+        """The vector space of the run: the one that is live when it is first asked for."""
+        return live_space(self.stores.analytics, self.stores.vectors, self.settings)
 
     def stage(self, name: str, shard: int = 0) -> AbstractContextManager[StageReport]:
         """A stage at work, which keeps its report."""
-        return reported(self.staging, self.run_id, name, shard=shard, settings=self.settings)
+        model = self.space.model
+        return reported(self.staging, self.run_id, name, shard=shard, settings=self.settings, model=model)
 
     def prepare(self, report: StageReport) -> None:
         """The first stage."""
@@ -164,6 +167,16 @@ class Run:
         for number, shard in enumerate(embedded):
             with self.stage("upsert_vectors", number) as report:
                 upsert_vectors(report, shard, space=space, mongo=mongo, vectors=vectors)
+        with self.stage("mirror_vectors") as report:
+            mirror_vectors(
+                report,
+                shards,
+                space=space,
+                mongo=mongo,
+                analytics=analytics,
+                vectors=vectors,
+                settings=settings,
+            )
         with self.stage("detect_intents") as report:
             pages = detect_intents(
                 report,

@@ -112,10 +112,6 @@ class Taker(ABC, Generic[Record]):
     def document(self, record: Record, origin: Origin) -> Document:
         """The record as MongoDB keeps it."""
 
-    @abstractmethod
-    def published(self, run_ids: set[str]) -> set[str]:
-        """Those of the runs whose records are done."""
-
     def take(self, files: Sequence[UPath], *, skip_bad_files: bool) -> Iterator[list[Record]]:
         """Take the files; yield the records that later stages have to work on, up to 1,000 at a time.
 
@@ -225,7 +221,7 @@ class Taker(ABC, Generic[Record]):
 
     def _learn_done(self, run_ids: Iterable[str | None]) -> None:
         if unknown := {run_id for run_id in run_ids if run_id is not None and run_id not in self._done}:
-            published = self.published(unknown)
+            published = self._mongo.runs_published(unknown)
             self._done |= {run_id: run_id in published for run_id in unknown}
 
     def _document(self, source: SourceFile, row: Row, record: Record) -> Document:

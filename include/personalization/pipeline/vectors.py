@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
+import pyarrow as pa
 
+from personalization.encoder import Vectors
 from personalization.learning.history import RECENT_MESSAGES, interests_of
 from personalization.pipeline.embed import embeddings_of
 from personalization.pipeline.lineage import StageReport
+from personalization.pipeline.spaces import spaces_beside
 from personalization.recommend.sources import Vector
 from personalization.schemas import DAY_MS, INTERESTS_PER_USER, Ref, VectorSpace
 from personalization.settings import Settings
@@ -25,18 +28,27 @@ def upsert_vectors(
 ) -> None:
     """Insert or replace the shard's vectors by message id, 1,000 a round trip, but for those of erased users."""
     table = read(shard)
-    columns = table.select(["id", "user_id", "timestamp"]).to_pylist()
+    report.rows_in = table.num_rows
+    report.rows_out = write_vectors(table, embeddings_of(table), space=space, mongo=mongo, vectors=vectors)
+    report.skipped = report.rows_in - report.rows_out
+    report.bytes_written = report.rows_out * space.vector_bytes
+
+
+def write_vectors(
+    messages: pa.Table, matrix: Vectors, *, space: VectorSpace, mongo: MongoStore, vectors: VectorStore
+) -> int:
+    """Insert or replace the vectors (n, dim) of messages (`id, user_id, timestamp`), but for those of erased users;
+    return how many.
+    """
+    columns = messages.select(["id", "user_id", "timestamp"]).to_pylist()
     erased = mongo.erased_among({row["user_id"] for row in columns})
     rows = [
         {**row, "embedding": vector}
-        for row, vector in zip(columns, embeddings_of(table), strict=True)
+        for row, vector in zip(columns, matrix, strict=True)
         if row["user_id"] not in erased
     ]
-    report.rows_in = len(columns)
     vectors.upsert(space.collection(MESSAGES), rows)
-    report.rows_out = len(rows)
-    report.skipped = len(columns) - len(rows)
-    report.bytes_written = len(rows) * space.vector_bytes
+    return len(rows)
 
 
 def refresh_profiles(
@@ -49,7 +61,8 @@ def refresh_profiles(
     vectors: VectorStore,
     settings: Settings,
 ) -> None:
-    """Set the vectors and interests of the users whose messages the run embedded, and of `more_users`, which are pages.
+    """Set the vectors and interests of the users whose messages the run embedded, and of `more_users`, which are pages,
+    in the run's space and in those that are kept up to date beside it.
 
     A user's vector is the L2-normalised sum of their newest messages' vectors, each weighted by
     2^(-age / half-life), age counted from the user's newest message: so a repeat changes nothing.
@@ -61,20 +74,41 @@ def refresh_profiles(
         for at in range(0, len(page), _USERS_AT_ONCE)
     )
     for user_ids in chain(analytics.users_with_messages(report.run_id, _USERS_AT_ONCE), others):
-        report.rows_in += len(user_ids)
-        rows, interests = _profiles(user_ids, space, analytics, vectors, settings)
-        erased = mongo.erased_among(user_ids)
-        rows = [one for one in rows if one["id"] not in erased]
-        interests = [one for one in interests if one["user_id"] not in erased]
-        vectors.upsert(space.collection(USERS), rows)
-        vectors.upsert(space.collection(INTERESTS), interests)
-        kept = {one["id"] for one in interests}
-        possible = (interest_id(one, place) for one in user_ids for place in range(INTERESTS_PER_USER))
-        vectors.delete(space.collection(INTERESTS), [one for one in possible if one not in kept])
-        report.rows_out += len(rows)
-        report.bytes_written += (len(rows) + len(interests)) * space.vector_bytes
+        set_profiles(
+            report, user_ids, space=space, mongo=mongo, analytics=analytics, vectors=vectors, settings=settings
+        )
+        for other in spaces_beside(analytics, space):
+            beside = report.model_copy()  # what is counted is what is served
+            set_profiles(
+                beside, user_ids, space=other, mongo=mongo, analytics=analytics, vectors=vectors, settings=settings
+            )
     if report.rows_out:
         vectors.seal([space.collection(USERS), space.collection(INTERESTS)])
+
+
+def set_profiles(
+    report: StageReport,
+    user_ids: list[str],
+    *,
+    space: VectorSpace,
+    mongo: MongoStore,
+    analytics: AnalyticsStore,
+    vectors: VectorStore,
+    settings: Settings,
+) -> None:
+    """Set the vectors and interests of some users in a space from those of their messages there."""
+    report.rows_in += len(user_ids)
+    rows, interests = _profiles(user_ids, space, analytics, vectors, settings)
+    erased = mongo.erased_among(user_ids)
+    rows = [one for one in rows if one["id"] not in erased]
+    interests = [one for one in interests if one["user_id"] not in erased]
+    vectors.upsert(space.collection(USERS), rows)
+    vectors.upsert(space.collection(INTERESTS), interests)
+    kept = {one["id"] for one in interests}
+    possible = (interest_id(one, place) for one in user_ids for place in range(INTERESTS_PER_USER))
+    vectors.delete(space.collection(INTERESTS), [one for one in possible if one not in kept])
+    report.rows_out += len(rows)
+    report.bytes_written += (len(rows) + len(interests)) * space.vector_bytes
 
 
 def _profiles(

@@ -15,7 +15,7 @@ from personalization.recommend.knowledge import ServedKnowledge
 from personalization.recommend.ranking import Evidence
 from personalization.recommend.rules import PastEvent, Viewer
 from personalization.recommend.sources import CampaignKnowledge, UserKnowledge
-from personalization.schemas import DAY_MS, INTERESTS_PER_USER, Source
+from personalization.schemas import DAY_MS, INTERESTS_PER_USER, Source, VectorSpace
 from personalization.stores.analytics import AsyncAnalyticsReader, ExpressedMessage, UserFacts
 from personalization.stores.milvus import AsyncVectorReader, Neighbour, Vectors
 from personalization.stores.mongo import AsyncEventStore, PastEventRow
@@ -118,8 +118,10 @@ async def gather(user_ids: Sequence[str], now_ms: int, *, served: ServedKnowledg
 
     async def near() -> tuple[dict[str, Vectors], list[list[Neighbour]], list[EngagedRow]]:
         nothing: dict[str, Vectors] = {}
-        own = await _partly(lookup.guard, "milvus", partial(lookup.vectors.user_vectors, user_ids), nothing, missing)
-        similar, engaged = await _near([own.get(one) for one in user_ids], user_ids, now_ms, lookup, missing)
+        look = partial(lookup.vectors.user_vectors, served.space, user_ids)
+        own = await _partly(lookup.guard, "milvus", look, nothing, missing)
+        vectors = [own.get(one) for one in user_ids]
+        similar, engaged = await _near(vectors, user_ids, now_ms, served.space, lookup, missing)
         return own, similar, engaged
 
     (own, similar, neighbours_engaged), links, facts, pending = await asyncio.gather(
@@ -175,7 +177,7 @@ async def imagine(
         for intent_id, confidence in expressed
     ]
     both = np.concatenate([vector, vector])  # all they said, and what they talk about
-    similar, engaged = await _near([both], [""], now_ms, lookup, missing)
+    similar, engaged = await _near([both], [""], now_ms, served.space, lookup, missing)
     found = _Found("", both, links, UserFacts(1, [], []), [])
     [known] = await asyncio.to_thread(
         _known, [found], similar, engaged, now_ms, served, lookup.half_life_days, frozenset(missing)
@@ -184,7 +186,12 @@ async def imagine(
 
 
 async def _near(
-    vectors: Sequence[Vectors | None], user_ids: Sequence[str], now_ms: int, lookup: Lookup, missing: set[str]
+    vectors: Sequence[Vectors | None],
+    user_ids: Sequence[str],
+    now_ms: int,
+    space: VectorSpace,
+    lookup: Lookup,
+    missing: set[str],
 ) -> tuple[list[list[Neighbour]], list[EngagedRow]]:
     """Similar users of each, never the user, and what they engaged with."""
     similar: list[list[Neighbour]] = [[] for _ in user_ids]
@@ -193,7 +200,7 @@ async def _near(
         profiles = np.stack([vectors[at][0] for at in asking])  # type: ignore[index]
         nobody: list[list[Neighbour]] = [[] for _ in asking]
         # One more than wanted instead of a filter: filtered HNSW returns too few hits.
-        search = partial(lookup.vectors.neighbours, profiles, lookup.neighbours + 1)
+        search = partial(lookup.vectors.neighbours, space, profiles, lookup.neighbours + 1)
         hits = await _partly(lookup.guard, "milvus", search, nobody, missing)
         for at, found in zip(asking, hits, strict=True):
             others = [one for one in found if one["user_id"] != user_ids[at] and one["similarity"] >= MIN_SIMILARITY]

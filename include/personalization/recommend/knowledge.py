@@ -12,16 +12,17 @@ import numpy as np
 from personalization.errors import StoreError
 from personalization.recommend.ranking import DEFAULT_FUSION, LearnedRanker
 from personalization.recommend.sources import CampaignKnowledge
-from personalization.schemas import Campaign, Catalog
+from personalization.schemas import Campaign, Catalog, VectorSpace
 from personalization.understanding.reader import IntentReader
 
-FORMAT = 2
+NO_SPACE = VectorSpace("", 0)
+FORMAT = 3
 """To be raised with every change of what `to_bytes` writes that its entries' names do not show."""
 _ARRAYS = frozenset(
     one.name for one in fields(CampaignKnowledge) if one.name not in ("at", "ids", "intent_ids", "engaged_ids")
 )
 _WORDS = ("catalog", "ranker", "fusion", "model", "ids", "intent_ids", "engaged_ids")
-_ENTRIES = {"format", "at", "classifier", *_WORDS, *_ARRAYS}
+_ENTRIES = {"format", "at", "dim", "classifier", *_WORDS, *_ARRAYS}
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class ServedKnowledge:
     """None while there is too little feedback, or where rank fusion is better."""
     fusion: str = DEFAULT_FUSION.version
     """The rank fusion that serves then."""
-    model: str = ""
-    """The model of the stored vectors: a message's must come from it, too."""
+    space: VectorSpace = NO_SPACE
+    """That of all its vectors: those of users are asked for in this one, and a message's must be of it, too."""
     classifier_content: bytes = field(default=b"", repr=False)
     """The intents' classifier as it writes itself; none where the catalog has no intents."""
     _running: dict[bytes, CampaignKnowledge] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -74,14 +75,18 @@ class ServedKnowledge:
             "catalog": self.catalog.model_dump_json(),
             "ranker": self.learned.to_json() if self.learned else "",
             "fusion": self.fusion,
-            "model": self.model,
+            "model": self.space.model,
             "ids": json.dumps(self.campaigns.ids),
             "intent_ids": json.dumps(self.campaigns.intent_ids),
             "engaged_ids": json.dumps(self.campaigns.engaged_ids),
         }
         arrays = {name: getattr(self.campaigns, name) for name in _ARRAYS}
         arrays["classifier"] = np.frombuffer(self.classifier_content, dtype=np.uint8)
-        numbers = {"format": np.int64(FORMAT), "at": np.int64(self.campaigns.at)}
+        numbers = {
+            "format": np.int64(FORMAT),
+            "at": np.int64(self.campaigns.at),
+            "dim": np.int64(self.space.dim),
+        }
         np.savez_compressed(buffer, **numbers, **words, **arrays)  # type: ignore[arg-type]
         return buffer.getvalue()
 
@@ -108,7 +113,7 @@ class ServedKnowledge:
                 campaigns,
                 LearnedRanker.from_json(ranker) if ranker else None,
                 str(stored["fusion"]),
-                str(stored["model"]),
+                VectorSpace(str(stored["model"]), int(stored["dim"])),
                 stored["classifier"].tobytes(),
             )
 

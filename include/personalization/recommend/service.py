@@ -206,7 +206,7 @@ class Recommender:
 
     async def _preview(self, message: str, top: int) -> Preview:
         served = await self.knowledge()
-        embed = partial(self.embedder.embed, [message], model=served.model)
+        embed = partial(self.embedder.embed, [message], space=served.space)
         vector = await self.guard.call("embedding", embed, timeout_s=self.settings.answer_timeout_s)
         now_ms = _now_ms()
         intents = await asyncio.to_thread(_expressed, served, vector, self.settings.intent_keep)

@@ -57,6 +57,8 @@ from personalization.schemas import (
     Engagement,
     EventKind,
     ExpressedIntent,
+    SpaceState,
+    VectorSpace,
 )
 from personalization.settings import Settings
 from personalization.stores.tables import (
@@ -77,6 +79,7 @@ from personalization.stores.tables import (
     StageAttempt,
     UserEngagement,
     UserWeek,
+    VectorSpaceRecord,
 )
 
 _BUSY_TIMEOUT_MS = 30_000
@@ -93,7 +96,6 @@ _ANOMALIES_KEPT = 5000
 _MESSAGES, _EVENT, _EXPRESSED = "messages", "event", "expressed"
 
 T = TypeVar("T")
-
 
 _FUNNEL = ("shown_to", "clicked_by", "converted_by")
 _LINEAGE = (PipelineRun.__table__, StageAttempt.__table__)
@@ -523,13 +525,64 @@ class AnalyticsStore:
         with analytics_errors(), Session(self.engine) as session, session.begin():
             session.merge(state)
 
-    def publish_served(self, content: bytes, learned_at: int, run_id: str) -> None:
-        """Set what the API answers from, in one transaction, unless that is newer: an older run may be repeated."""
+    def publish_served(self, content: bytes, learned_at: int, run_id: str, space: VectorSpace) -> bool:
+        """Set what the API answers from, in one transaction, unless that is newer: an older run may be repeated.
+
+        The first one makes its vector space the live one. False, and nothing is set, where another one is live: the
+        run was overtaken by a migration.
+        """
         row = Served(id=_SERVING, content=content, run_id=run_id, learned_at=learned_at, announced=False)
         with analytics_errors(), Session(self.engine) as session, session.begin():
+            live = session.scalar(select(VectorSpaceRecord).where(VectorSpaceRecord.state == "live"))
+            if live is None:
+                session.merge(_space_row(space, "live"))
+            elif VectorSpace(live.model, live.dim) != space:
+                return False
             known = session.get(Served, _SERVING)
             if known is None or known.learned_at <= learned_at:
                 session.merge(row)
+            return True
+
+    def swap_served(self, content: bytes, learned_at: int, run_id: str, space: VectorSpace) -> None:
+        """Set what the API answers from and make its vector space the live one, the live one a kept one: in one
+        transaction.
+
+        Raises:
+            StoreError: the space is not one that runs have kept up to date.
+        """
+        row = Served(id=_SERVING, content=content, run_id=run_id, learned_at=learned_at, announced=False)
+        with analytics_errors(), Session(self.engine) as session, session.begin():
+            beside = session.get(VectorSpaceRecord, tuple(space), with_for_update=True)
+            if beside is None or beside.state not in ("filling", "kept"):
+                state = beside.state if beside else "unknown"
+                raise StoreError("analytics", f"{space.name} is {state}, so it cannot be served; migrate to it again")
+            former = session.scalars(select(VectorSpaceRecord).where(VectorSpaceRecord.state == "live")).one()
+            former.state, beside.state = "kept", "live"
+            former.since = beside.since = datetime.now(UTC)
+            session.merge(row)
+
+    def spaces(self) -> dict[VectorSpace, SpaceState]:
+        """The vector spaces whose collections are kept; none before the first publish."""
+        return {space: state for space, (state, _) in self.spaces_since().items()}
+
+    def spaces_since(self) -> dict[VectorSpace, tuple[SpaceState, datetime]]:
+        """The same, with the moment since when each is what it is."""
+        with analytics_errors(), Session(self.engine) as session:
+            rows = session.scalars(select(VectorSpaceRecord)).all()
+        return {VectorSpace(one.model, one.dim): (cast("SpaceState", one.state), one.since) for one in rows}
+
+    def set_space(self, space: VectorSpace, state: SpaceState) -> None:
+        """Say what a vector space is, unless it is the live one."""
+        with analytics_errors(), Session(self.engine) as session, session.begin():
+            known = session.get(VectorSpaceRecord, tuple(space))
+            if known is None or known.state != "live":
+                session.merge(_space_row(space, state))
+
+    def forget_space(self, space: VectorSpace) -> None:
+        """From now on no run writes to it. The live one stays."""
+        gone = (VectorSpaceRecord.model == space.model, VectorSpaceRecord.dim == space.dim)
+        with analytics_errors(), self.engine.begin() as connection:
+            connection.execute(delete(VectorSpaceRecord).where(*gone, VectorSpaceRecord.state != "live"))
 
     def announce_served(self) -> None:
         """Say that a serving generation has begun with it."""
@@ -972,6 +1025,10 @@ def _complete_schema(engine: Engine) -> None:
 def _derive_anew(connection: Connection) -> None:
     """Make the next run take the catalog for a changed one, so that it refreshes all users."""
     connection.execute(update(ServingState).values(catalog_version=""))
+
+
+def _space_row(space: VectorSpace, state: SpaceState) -> VectorSpaceRecord:
+    return VectorSpaceRecord(model=space.model, dim=space.dim, state=state, since=datetime.now(UTC))
 
 
 def _attempt_key(row: Mapping[str, Any]) -> tuple[str, str, int, int]:

@@ -8,6 +8,7 @@ import numpy as np
 import structlog
 
 from personalization.errors import StoreError
+from personalization.schemas import VectorSpace
 from personalization.settings import Settings
 
 Vectors = np.ndarray[tuple[int, int], np.dtype[np.float32]]
@@ -33,18 +34,20 @@ class AsyncEmbedder:
             raise StoreError(_STORE, "EMBEDDING_URL is not a valid address") from error
         return cls(client)
 
-    async def embed(self, texts: Sequence[str], *, model: str | None = None) -> Vectors:
-        """Unit vectors of 1 to 64 texts, shape (len(texts), dim), float32. One round trip.
+    async def embed(self, texts: Sequence[str], *, space: VectorSpace | None = None) -> Vectors:
+        """Unit vectors of 1 to 64 texts, shape (len(texts), dim), float32, of a space, or of the service's own. One
+        round trip.
 
         Raises:
-            StoreError: the service does not answer, is busy, still loads, refuses the texts, or does not embed by
-                `model`, where that is named: vectors of two models never mix.
+            StoreError: the service does not answer, is busy, still loads the model, refuses the texts, or answers with
+                vectors of another space: those of two never mix.
         """
         headers = {}
+        asked = {"texts": list(texts), **(space._asdict() if space is not None else {})}
         if request_id := structlog.contextvars.get_contextvars().get("request_id"):
             headers["x-request-id"] = str(request_id)
         try:
-            response = await self.client.post("/embed", json={"texts": list(texts)}, headers=headers)
+            response = await self.client.post("/embed", json=asked, headers=headers)
         except httpx.HTTPError as error:
             raise StoreError(_STORE, f"does not answer ({type(error).__name__}); is it running?") from error
         if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
@@ -58,8 +61,8 @@ class AsyncEmbedder:
             vectors = np.stack(rows).astype(np.float32).reshape(len(texts), dim)
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(_STORE, "does not answer with vectors; does EMBEDDING_URL name the service?") from error
-        if model is not None and own != model:
-            raise StoreError(_STORE, f"embeds by {own}, what is stored by {model}; set EMBEDDING_MODEL alike")
+        if space not in (None, VectorSpace(own, dim)):
+            raise StoreError(_STORE, "made vectors of another space than was asked for; is it of another version?")
         return vectors
 
     async def ping(self) -> None:

@@ -1,7 +1,8 @@
 """Milvus: message vectors, user vectors and the vectors of users' interests.
 
-A physical collection belongs to one vector space (model, dimension, L2-normalised) and carries it in
-its name; readers use the aliases `messages`, `users` and `interests`. So vectors of two models cannot meet.
+A collection belongs to one vector space (model, dimension, L2-normalised) and carries it in its name, by which it is
+read and written: so vectors of two models cannot meet. The aliases `messages`, `users` and `interests`, which name the
+live space's, are for people and tools.
 """
 
 import asyncio
@@ -38,6 +39,8 @@ _PAGE_ROWS = 2000  # some 65 MB of Python's numbers where vectors have 1024 dime
 # Milvus Lite knows no time of a read, and each one would say so.
 logging.getLogger("pymilvus.client.iterator.query_iterator").setLevel(logging.ERROR)
 _NOT_LOADED = 101  # Milvus' error code
+_SCALARS = {MESSAGES: "timestamp", USERS: "last_seen", INTERESTS: "last_seen"}
+_DESCRIPTION = re.compile(r"(?P<model>.+), (?P<dim>\d+)-d, L2-normalised", re.DOTALL)
 _OWN_COLLECTIONS = re.compile(rf"({MESSAGES}|{USERS}|{INTERESTS})_\w+_\d+_[0-9a-f]{{8}}")
 
 
@@ -89,22 +92,58 @@ class VectorStore:
         return cls(client)
 
     def ensure_schema(self, space: VectorSpace) -> None:
-        """Create and load the space's collections, and the aliases where there are none.
-
-        Raises:
-            StoreError: readers are on another model's collection.
-        """
+        """Create and load the space's collections. Safe to repeat."""
         with milvus_errors():
-            for alias, scalar in ((MESSAGES, "timestamp"), (USERS, "last_seen"), (INTERESTS, "last_seen")):
+            for alias, scalar in _SCALARS.items():
                 name = space.collection(alias)
-                self._check_alias(alias, name)
                 if not self.client.has_collection(name):
                     self._create_collection(name, space, scalar, with_user=alias != USERS)
                 if not self.client.list_indexes(name):  # killed between the two
                     self._create_index(name)
                 self.client.load_collection(name)
-                if not self.client.list_aliases(name).get("aliases"):
+
+    def serve(self, space: VectorSpace) -> None:
+        """Point the aliases at the space's collections. Safe to repeat."""
+        owners = self._owners()
+        with milvus_errors():
+            for alias in _SCALARS:
+                name = space.collection(alias)
+                if alias not in owners:
                     self.client.create_alias(collection_name=name, alias=alias)
+                elif owners[alias] != name:
+                    self.client.alter_alias(collection_name=name, alias=alias)
+
+    def served_space(self) -> VectorSpace | None:
+        """The space that the alias `messages` names, as its collection describes itself; None where it does not."""
+        if (name := self._owners().get(MESSAGES)) is None:
+            return None
+        with milvus_errors():
+            described = _DESCRIPTION.fullmatch(str(self.client.describe_collection(name).get("description", "")))
+        space = VectorSpace(described["model"], int(described["dim"])) if described else None
+        return space if space is not None and space.collection(MESSAGES) == name else None
+
+    def drop(self, space: VectorSpace) -> list[str]:
+        """Drop the space's collections; return those that were there."""
+        with milvus_errors():
+            there = [name for name in map(space.collection, _SCALARS) if self.client.has_collection(name)]
+            for name in there:
+                self.client.drop_collection(name)
+        return there
+
+    def dimension(self, collection: str) -> int:
+        """Of its vectors."""
+        with milvus_errors():
+            fields = {one["name"]: one for one in self.client.describe_collection(collection)["fields"]}
+        return int(fields["embedding"]["params"]["dim"])
+
+    def _owners(self) -> dict[str, str]:
+        """The collection that each alias names."""
+        with milvus_errors():
+            return {
+                alias: name
+                for name in filter(_OWN_COLLECTIONS.fullmatch, self.client.list_collections())
+                for alias in self.client.list_aliases(name).get("aliases", [])
+            }
 
     def upsert(self, collection: str, rows: Sequence[dict[str, Any]]) -> None:
         """Insert or replace rows by `id`, 1,000 a round trip."""
@@ -152,9 +191,8 @@ class VectorStore:
                 return f"there is no collection {name}"
             if alias not in self.client.list_aliases(name).get("aliases", []):
                 return f"the alias {alias} does not serve {name}"
-            known = {one["name"]: one for one in self.client.describe_collection(name)["fields"]}
-            dim = int(known["embedding"]["params"]["dim"])
-            return None if dim == space.dim else f"{name} has {dim} dimensions, not {space.dim}"
+        dim = self.dimension(name)
+        return None if dim == space.dim else f"{name} has {dim} dimensions, not {space.dim}"
 
     def delete(self, collection: str, ids: Sequence[str]) -> None:
         """Delete rows by `id`, 1,000 a round trip; those that are not there do not matter."""
@@ -205,20 +243,6 @@ class VectorStore:
                 rows[name] = int(found[0]["count(*)"])
         return rows
 
-    def _check_alias(self, alias: str, name: str) -> None:
-        owners = [
-            owner
-            for owner in self.client.list_collections()
-            if owner.startswith(f"{alias}_") and alias in self.client.list_aliases(owner).get("aliases", [])
-        ]
-        if owners and owners != [name]:
-            raise StoreError(
-                "milvus",
-                f"alias {alias} serves {owners[0]}, made by another EMBEDDING_MODEL or EMBEDDING_DIM than this "
-                f"run's ({name}); vectors of two models never mix. Set the former model again, or drop the alias "
-                f"to start over with this one",
-            )
-
     def _create_collection(self, name: str, space: VectorSpace, scalar: str, *, with_user: bool) -> None:
         schema = self.client.create_schema(auto_id=False, description=f"{space.model}, {space.dim}-d, L2-normalised")
         schema.add_field("id", DataType.VARCHAR, is_primary=True, max_length=_MAX_ID_BYTES)
@@ -259,30 +283,40 @@ class AsyncVectorReader:
         if self._connected is not None:
             await self._connected.close()
 
-    async def user_vectors(self, user_ids: Sequence[str]) -> dict[str, Vectors]:
-        """Each user's vector and behind it those of their interests, (1 + k, dim); unknown users are left out.
+    async def ping(self) -> None:
+        """One round trip. Raises `StoreError` if Milvus does not answer."""
+        with milvus_errors():
+            await self._client().list_collections(timeout=self._settings.store_timeout_s)
+
+    async def user_vectors(self, space: VectorSpace, user_ids: Sequence[str]) -> dict[str, Vectors]:
+        """In this space, each user's vector and behind it those of their interests, (1 + k, dim); unknown users are
+        left out.
 
         One round trip for each of the two collections, at once, whatever the number of users.
         """
         interests = {interest_id(one, place): one for one in user_ids for place in range(INTERESTS_PER_USER)}
-        own, apart = await asyncio.gather(self._get(USERS, list(user_ids)), self._get(INTERESTS, list(interests)))
+        own, apart = await asyncio.gather(
+            self._get(space.collection(USERS), list(user_ids)), self._get(space.collection(INTERESTS), list(interests))
+        )
         rows = {row["id"]: [row["embedding"]] for row in own}
         for row in sorted(apart, key=lambda row: row["id"]):
             if (user_id := interests[row["id"]]) in rows:
                 rows[user_id].append(row["embedding"])
         return {user_id: np.asarray(found, dtype=np.float32) for user_id, found in rows.items()}
 
-    async def neighbours(self, vectors: Vectors, limit: int) -> list[list[Neighbour]]:
-        """Users nearest to each of the vectors (n, dim) by cosine, best first; a user is nearest to themselves.
+    async def neighbours(self, space: VectorSpace, vectors: Vectors, limit: int) -> list[list[Neighbour]]:
+        """Users nearest to each of the vectors (n, dim) of this space by cosine, best first; a user is nearest to
+        themselves.
 
         One round trip.
         """
         if limit == 0 or not len(vectors):
             return [[] for _ in vectors]
+        users = space.collection(USERS)
 
         async def search(client: AsyncMilvusClient) -> Any:
             return await client.search(
-                USERS,
+                users,
                 data=list(vectors),
                 limit=limit,
                 output_fields=["id"],  # or Milvus Lite sends every hit's vector
@@ -290,7 +324,7 @@ class AsyncVectorReader:
                 timeout=self._settings.store_timeout_s,
             )
 
-        found = await self._loaded(USERS, search)
+        found = await self._loaded(users, search)
         return [[Neighbour(user_id=hit["id"], similarity=float(hit["distance"])) for hit in hits] for hits in found]
 
     async def _get(self, collection: str, ids: list[str]) -> list[dict[str, Any]]:

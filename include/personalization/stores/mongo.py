@@ -188,14 +188,8 @@ class MongoStore:
         with mongo_errors():
             self.runs.update_one({"_id": run_id}, {"$set": facts}, upsert=True)
 
-    def runs_published_with(self, model: str, run_ids: Iterable[str]) -> set[str]:
-        """Which of the runs were published with this embedding model."""
-        query = {"_id": {"$in": sorted(set(run_ids))}, "model": model}
-        with mongo_errors():
-            return {run["_id"] for run in self.runs.find(query, {"_id": 1})}
-
     def runs_published(self, run_ids: Iterable[str]) -> set[str]:
-        """Which of the runs were published, with whatever model."""
+        """Which of the runs were published. A migration to another model takes along what any of them took."""
         query = {"_id": {"$in": sorted(set(run_ids))}, "published_at": {"$exists": True}}
         with mongo_errors():
             return {run["_id"] for run in self.runs.find(query, {"_id": 1})}
@@ -306,6 +300,15 @@ class MongoStore:
             for start in range(0, len(ids), _BATCH):
                 some = {"_id": {"$in": list(ids[start : start + _BATCH])}, "run_id": {"$nin": list(but_of)}}
                 self._records[kind].update_many(some, {"$set": {"run_id": run_id}})
+
+    def texts(self, ids: Sequence[str]) -> dict[str, Document]:
+        """`user_id, timestamp, message, content_hash` of messages by id; those that are gone are missing. One round
+        trip.
+        """
+        fields = ("user_id", "timestamp", "message", "content_hash")
+        with mongo_errors():
+            found = self.conversations.find({"_id": {"$in": list(ids)}}, fields, batch_size=_BATCH)
+            return {one["_id"]: one for one in found}
 
     def messages(self, run_id: str, ids: Sequence[str]) -> list[Document]:
         """`_id, user_id, timestamp, message` of those of the messages that are the run's. One round trip."""

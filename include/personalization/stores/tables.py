@@ -403,3 +403,16 @@ class Served(Base):
     """The moment of the knowledge, in epoch milliseconds."""
     announced: Mapped[bool]
     """Whether a serving generation began with it."""
+
+
+class VectorSpaceRecord(Base):
+    """One row per vector space whose collections are kept: the live one, and at most one beside it."""
+
+    __tablename__ = "vector_spaces"
+
+    model: Mapped[str] = mapped_column(String(250), primary_key=True)
+    dim: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    state: Mapped[str] = mapped_column(String(16))
+    """A `schemas.SpaceState`."""
+    since: Mapped[datetime] = mapped_column(UtcDateTime)
+    """When it came to this state."""

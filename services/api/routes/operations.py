@@ -71,7 +71,7 @@ class Readiness:
         recommender = self._recommender
         probes: dict[str, Callable[[], Awaitable[Any]]] = {
             "redis": recommender.cache.generation,
-            "milvus": lambda: recommender.vectors.user_vectors([NOBODY]),
+            "milvus": recommender.vectors.ping,
             "neo4j": lambda: recommender.graph.links([NOBODY]),
             "analytics": recommender.analytics.learned_at,
             "mongodb": recommender.events.ping,

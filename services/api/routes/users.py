@@ -173,12 +173,13 @@ async def similar(
     top: Annotated[int, Query(ge=1, le=100, description="How many users at most.")] = 10,
 ) -> SimilarUsers:
     """Users whose messages are nearest to the user's, by the vectors of the last run; never the user."""
+    space = (await recommender.knowledge()).space
     call = partial(recommender.guard.call, "milvus")
-    vectors = await call(partial(recommender.vectors.user_vectors, [user_id]))
+    vectors = await call(partial(recommender.vectors.user_vectors, space, [user_id]))
     if user_id not in vectors:
         raise HTTPException(404, "This user has no vector: no message of theirs is known.")
     own = vectors[user_id][:1]
-    [near] = await call(partial(recommender.vectors.neighbours, own, top + 1))
+    [near] = await call(partial(recommender.vectors.neighbours, space, own, top + 1))
     others = [one for one in near if one["user_id"] != user_id][:top]
     return SimilarUsers(
         user_id=user_id,
