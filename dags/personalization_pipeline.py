@@ -109,6 +109,7 @@ def personalization_pipeline() -> None:
 
     embedded = task(tasks.embed, **EMBEDDING, **MAPPED).expand(shard=shards)
     upserted = task(tasks.upsert_vectors, **MAPPED).expand(shard=embedded)
+    mirrored = task(tasks.mirror_vectors, **EMBEDDING)(shards)
     user_pages = task(tasks.detect_intents, **EVEN_IF_NOTHING_NEW, **BOTH_IN)(embedded, utterances)
     graph = task(tasks.build_graph, **MAPPED).expand(user_page=user_pages)
     engagement = task(tasks.roll_up_engagement)(user_pages)
@@ -117,15 +118,15 @@ def personalization_pipeline() -> None:
     published = task(tasks.publish, **EVEN_IF_NOTHING_NEW, **SERVING_OUT)(user_pages, learned)
     lineage = task(tasks.record_lineage)().as_teardown(on_failure_fail_dagrun=True)
 
-    prepared >> [utterances, embedded, events]
+    prepared >> [utterances, embedded, events, mirrored]
     events >> user_pages
     upserted >> [profiles, learned]
-    user_pages >> profiles
+    [user_pages, mirrored] >> profiles
     # A teardown's success would make the run green; `complete` is green only where `publish` is.
     complete = EmptyOperator(task_id="complete")
     [graph, engagement, profiles] >> published >> complete
     # Behind every task, so that it waits for those that still run when another has failed.
-    taken = [prepared, shards, events, utterances, embedded, upserted]
+    taken = [prepared, shards, events, utterances, embedded, upserted, mirrored]
     [*taken, user_pages, graph, engagement, profiles, learned, published] >> lineage
 
 

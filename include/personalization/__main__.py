@@ -121,6 +121,47 @@ def audit(
 
 
 @app.command()
+def reembed(
+    model: Annotated[
+        str | None,
+        typer.Option(help="What to move to: a hub name, a folder, or package:NAME.", show_default=False),
+    ] = None,
+    dim: Annotated[
+        int | None, typer.Option(min=8, max=32768, help="Its dimensions, zero-padded; as now if not given.")
+    ] = None,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Move back to the former model, which is kept.")] = False,
+    finish: Annotated[bool, typer.Option("--finish", help="Drop the vectors beside those that are served.")] = False,
+    min_overlap: Annotated[
+        float, typer.Option(min=0, max=1, help="Least share of nearest messages that stay the same.")
+    ] = 0.1,
+    max_intent_loss: Annotated[
+        float, typer.Option(min=0, max=1, help="Most accuracy to lose on the catalog's examples.")
+    ] = 0.05,
+    max_ndcg_loss: Annotated[float, typer.Option(min=0, max=1, help="Most NDCG@10 to lose on past weeks.")] = 0.02,
+) -> None:
+    """Move everything that is served to another embedding model: fill, check, swap. Prints the check as JSON.
+
+    What is served goes on being served until the check holds. May be killed and repeated; daily runs may go on.
+    """
+    if sum((model is not None, rollback, finish)) != 1:
+        raise typer.BadParameter("name a --model, or say --rollback or --finish")
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    from personalization.migration.run import drop_former, migrate, roll_back
+    from personalization.migration.verify import Bounds
+    from personalization.settings import get_settings
+
+    bounds = Bounds(min_overlap, max_intent_loss, max_ndcg_loss)
+    settings = get_settings()
+    if finish:
+        done = drop_former(settings)
+    elif model is not None:
+        done = migrate(model, dim, settings, bounds)
+    else:
+        done = roll_back(settings, bounds)
+    typer.echo(json.dumps(done, indent=2))
+
+
+@app.command()
 def anomalies(
     days: Annotated[int, typer.Option(min=1, max=400, help="Of so many days back.")] = 30,
     as_json: Annotated[bool, typer.Option("--json", help="Every figure, as JSON.")] = False,

@@ -29,6 +29,10 @@ class EmbeddingError(PersonalizationError):
     """The embedding model cannot be used as configured."""
 
 
+class MigrationError(PersonalizationError):
+    """A migration to another embedding model cannot be made, or its outcome is not good enough to be served."""
+
+
 class StagingError(PersonalizationError):
     """A staged file is missing or is not what its reference says."""
 

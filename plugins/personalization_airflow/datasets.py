@@ -31,6 +31,7 @@ _FLOW: dict[str, tuple[list[str], list[str]]] = {
     "ingest_events": ([_EVENTS], [_EVENTS, _QUARANTINE, _SQL_EVENTS]),
     "embed": ([_CONVERSATIONS], []),
     "upsert_vectors": ([_CONVERSATIONS], [_MESSAGES]),
+    "mirror_vectors": ([_CONVERSATIONS], []),
     "detect_intents": ([_CONVERSATIONS], [_INTENTS]),
     "build_graph": ([_INTENTS, _SQL_EVENTS], ["neo4j:graph"]),
     "roll_up_engagement": ([_INTENTS, _SQL_EVENTS], [_ENGAGEMENT, "sql:campaigns"]),
@@ -41,16 +42,16 @@ _FLOW: dict[str, tuple[list[str], list[str]]] = {
 }
 
 
-def tell_datasets(stage: str, settings: Settings) -> None:
+def tell_datasets(stage: str, space: VectorSpace, settings: Settings) -> None:
     """Tell the collector what the stage reads and writes; nothing where nobody collects."""
     collector = get_hook_lineage_collector()
     if isinstance(collector, NoOpCollector):
         return
     read, written = _FLOW.get(stage, ([], []))
     for name in read:
-        collector.add_input_asset(_CONTEXT, uri=_uri(name, settings))
+        collector.add_input_asset(_CONTEXT, uri=_uri(name, space, settings))
     for name in written:
-        collector.add_output_asset(_CONTEXT, uri=_uri(name, settings))
+        collector.add_output_asset(_CONTEXT, uri=_uri(name, space, settings))
 
 
 _CONTEXT = BaseHook()
@@ -66,7 +67,7 @@ def to_openlineage(asset: "Asset", context: object) -> "Dataset":  # noqa: ARG00
     return Dataset(namespace=namespace, name=parse_qs(parsed.query)["name"][0])
 
 
-def _uri(name: str, settings: Settings) -> str:
+def _uri(name: str, space: VectorSpace, settings: Settings) -> str:
     store, _, what = name.partition(":")
     if store == "sql":
         url = settings.analytics_database
@@ -77,7 +78,7 @@ def _uri(name: str, settings: Settings) -> str:
     if store == "mongo":
         return f"mongodb://{address(settings.mongodb_database)}/{what}"
     if store == "milvus":
-        what = VectorSpace(settings.embedding_model, settings.embedding_dim).collection(what)
+        what = space.collection(what)
         return f"milvus://{address('')}?name={what}"
     return f"{store}://{address('')}?name={what}"
 

@@ -1,14 +1,15 @@
 """What every task of the pipeline has in common."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import get_current_context
 from airflow.sdk.exceptions import AirflowFailException
 from personalization.catalog.loading import load_catalog
-from personalization.errors import CatalogError, InputError
+from personalization.errors import CatalogError, InputError, MigrationError
 from personalization.pipeline.lineage import StageReport, reported
 from personalization.schemas import Catalog, VectorSpace
 from personalization.settings import Settings, get_settings
@@ -16,7 +17,11 @@ from personalization.staging import Staging, write_atomically
 
 from personalization_airflow.datasets import tell_datasets
 
+if TYPE_CHECKING:
+    from personalization.migration.scene import Scene
+
 _CATALOG = "catalog.json"
+_SPACE = "space.json"
 
 
 @dataclass(frozen=True)
@@ -27,14 +32,22 @@ class Stage:
     staging: Staging
     settings: Settings
 
+    def take_space(self, space: VectorSpace) -> VectorSpace:
+        """Keep the vector space of the run for its other tasks."""
+        write_atomically(self.staging.root / _SPACE, json.dumps(space).encode())
+        return space
+
     @property
     def space(self) -> VectorSpace:
-        """The vector space of the run."""
-        return VectorSpace(self.settings.embedding_model, self.settings.embedding_dim)
+        """The vector space of the run, as its first task took it, whatever is live by now."""
+        return _space_of(self.staging, self.settings)
 
     def take_catalog(self) -> Catalog:
         """Read and check the catalog, and keep it for the other tasks of the run."""
-        catalog = load_catalog(self.settings.catalog_path)
+        return self.keep_catalog(load_catalog(self.settings.catalog_path))
+
+    def keep_catalog(self, catalog: Catalog) -> Catalog:
+        """Keep the catalog for the other tasks of the run."""
         write_atomically(self.staging.root / _CATALOG, catalog.model_dump_json().encode())
         return catalog
 
@@ -48,7 +61,7 @@ class Stage:
 def stage(name: str) -> Iterator[Stage]:
     """Run the block as stage `name` of the current DAG run, keeping its report.
 
-    What no retry can mend (bad input, a bad catalog) fails at once.
+    What no retry can mend (bad input, a bad catalog, a check that does not hold) fails at once.
     """
     context = get_current_context()
     instance = context["ti"]
@@ -57,8 +70,11 @@ def stage(name: str) -> Iterator[Stage]:
     staging = Staging(settings.staging_uri, run_id)
     shard = max(instance.map_index or 0, 0)
     try:
-        with reported(staging, run_id, name, shard=shard, attempt=instance.try_number, settings=settings) as report:
-            tell_datasets(name, settings)
+        space = _space_of(staging, settings)
+        with reported(
+            staging, run_id, name, shard=shard, attempt=instance.try_number, settings=settings, model=space.model
+        ) as report:
+            tell_datasets(name, space, settings)
             try:
                 yield Stage(report, staging, settings)
             finally:
@@ -66,8 +82,28 @@ def stage(name: str) -> Iterator[Stage]:
                 is_mapped = instance.map_index is not None and instance.map_index >= 0
                 told = f"{shard}: {report.summary}" if is_mapped else report.summary
                 context["summary"] = told  # type: ignore[typeddict-unknown-key]
-    except (InputError, CatalogError) as error:
+    except (InputError, CatalogError, MigrationError) as error:
         raise AirflowFailException(str(error)) from error
+
+
+@contextmanager
+def migration(name: str) -> Iterator[tuple[Stage, "Scene"]]:
+    """Run the block as a stage of a migration, on all stores."""
+    from personalization.migration.scene import Scene
+
+    from personalization_airflow.stores import all_stores
+
+    with stage(name) as s, all_stores(s.settings) as stores:
+        yield s, Scene(stores, s.staging, s.settings)
+
+
+def _space_of(staging: Staging, settings: Settings) -> VectorSpace:
+    """As the run's first task took it; the settings' until then."""
+    try:
+        model, dim = json.loads((staging.root / _SPACE).read_bytes())
+    except FileNotFoundError:
+        return VectorSpace(settings.embedding_model, settings.embedding_dim)
+    return VectorSpace(model, dim)
 
 
 def failed_tasks(context: Any) -> list[tuple[str, int]]:

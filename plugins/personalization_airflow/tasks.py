@@ -12,6 +12,7 @@ from personalization.schemas import Ref
 def prepare() -> None:
     """Make the stores ready and bring the catalog into them."""
     from personalization.pipeline import prepare as stages
+    from personalization.pipeline.spaces import live_space
     from personalization.stores.analytics import analytics_store
 
     from personalization_airflow.stage import stage
@@ -26,7 +27,7 @@ def prepare() -> None:
         stages.prepare(
             s.report,
             catalog=s.take_catalog(),
-            space=s.space,
+            space=s.take_space(live_space(analytics, vectors, s.settings)),
             vectors=vectors,
             graph=graph,
             analytics=analytics,
@@ -48,7 +49,6 @@ def ingest(input_path: str, events_path: str) -> list[Ref]:
             s.report,
             files=files,
             skip_bad_files=not input_path,
-            model=s.space.model,
             mongo=mongo,
             staging=s.staging,
             settings=s.settings,
@@ -108,6 +108,31 @@ def upsert_vectors(shard: Ref) -> None:
 
     with stage("upsert_vectors") as s, mongo_store(s.settings) as mongo, vector_store() as store:
         vectors.upsert_vectors(s.report, shard, space=s.space, mongo=mongo, vectors=store)
+
+
+def mirror_vectors(shards: list[Ref]) -> None:
+    """Embed the shards for the other vector spaces that are kept up to date; nothing where there is none."""
+    from personalization.pipeline import mirror
+    from personalization.stores.analytics import analytics_store
+
+    from personalization_airflow.stage import stage
+    from personalization_airflow.stores import mongo_store, vector_store
+
+    with (
+        stage("mirror_vectors") as s,
+        mongo_store(s.settings) as mongo,
+        analytics_store(s.settings) as analytics,
+        vector_store() as store,
+    ):
+        mirror.mirror_vectors(
+            s.report,
+            shards,
+            space=s.space,
+            mongo=mongo,
+            analytics=analytics,
+            vectors=store,
+            settings=s.settings,
+        )
 
 
 def detect_intents(shards: Sequence[Ref] | None, utterances: Ref) -> list[Ref]:
@@ -246,6 +271,75 @@ def publish(user_pages: list[Ref], learned: bool) -> None:
         get_current_context()["outlet_events"][assets.SERVING].extra = dict(s.report.details)
 
 
+def check() -> list[Ref]:
+    """See that what is served can move to the model of the params; return the shards that are still to be filled."""
+    from airflow.sdk import get_current_context
+    from personalization.migration import check as checking
+
+    from personalization_airflow.stage import migration
+
+    params = get_current_context()["params"]
+    with migration("check") as (s, scene):
+        target = s.take_space(checking.target_of(scene, params["model"], params["dim"]))
+        shards = checking.check(s.report, target, scene)
+        s.keep_catalog(scene.catalog())
+        return shards
+
+
+def fill(shard: Ref) -> None:
+    """Embed one shard of messages by the new model."""
+    from personalization.migration import fill
+
+    from personalization_airflow.stage import migration
+
+    with migration("fill") as (s, scene):
+        fill.fill(s.report, shard, s.space, scene)
+
+
+def catch_up() -> None:
+    """Embed what came in meanwhile, drop what is gone, and make the users' vectors."""
+    from personalization.migration import fill
+
+    from personalization_airflow.stage import migration
+
+    with migration("catch_up") as (s, scene):
+        fill.catch_up(s.report, s.space, scene)
+
+
+def verify() -> dict[str, Any]:
+    """Compare the new vectors with MongoDB and with those that are served; fails where they must not be."""
+    from airflow.sdk import get_current_context
+    from personalization.migration import verify
+
+    from personalization_airflow.stage import migration
+
+    params = get_current_context()["params"]
+    bounds = verify.Bounds(**{name: params[name] for name in ("min_overlap", "max_intent_loss", "max_ndcg_loss")})
+    with migration("verify") as (s, scene):
+        return verify.verify(s.report, s.space, bounds, scene)
+
+
+def swap() -> None:
+    """Serve by the new vectors, in one step."""
+    from personalization.migration import swap
+
+    from personalization_airflow.stage import migration
+
+    with migration("swap") as (s, scene):
+        swap.swap(s.report, s.space, scene)
+
+
+def finish() -> dict[str, Any]:
+    """Drop the vectors beside those that are served; return how many messages they were of."""
+    from personalization.migration import swap
+
+    from personalization_airflow.stage import migration
+
+    with migration("finish") as (s, scene):
+        swap.finish(s.report, scene)
+        return s.report.details
+
+
 def evaluate() -> dict[str, Any]:
     """Replay the last weeks of what the stores hold; return each policy's NDCG@10. Skipped with too little feedback."""
     from airflow.sdk import get_current_context
@@ -253,6 +347,7 @@ def evaluate() -> dict[str, Any]:
     from personalization.errors import TooLittleFeedbackError
     from personalization.evaluation.policies import STANDARD
     from personalization.evaluation.recording import Request, evaluate_stores
+    from personalization.pipeline.spaces import live_space
     from personalization.stores.analytics import analytics_store
 
     from personalization_airflow.stage import stage
@@ -266,7 +361,7 @@ def evaluate() -> dict[str, Any]:
                 s.report,
                 request,
                 catalog=s.take_catalog(),
-                space=s.space,
+                space=s.take_space(live_space(analytics, vectors, s.settings)),
                 analytics=analytics,
                 vectors=vectors,
                 staging=s.staging,
@@ -350,7 +445,7 @@ def watch_api() -> dict[str, int]:
         return {"requests": requests, "anomalies": len(traffic.record_bursts(analytics, now))}
 
 
-def record_lineage() -> str:
+def record_lineage(*, of_migration: bool = False) -> str:
     """Write what every stage and attempt did to the analytics database, whatever became of the run; sum it up."""
     from airflow.sdk import get_current_context
     from personalization.pipeline import lineage
@@ -365,9 +460,14 @@ def record_lineage() -> str:
     settings = run_settings()
     with analytics_store(settings) as analytics:
         rows = lineage.record_lineage(
-            run_id, Staging(settings.staging_uri, run_id), analytics, failed_tasks=failed_tasks(context)
+            run_id,
+            Staging(settings.staging_uri, run_id),
+            analytics,
+            stages=lineage.MIGRATION_STAGES if of_migration else lineage.STAGES,
+            failed_tasks=failed_tasks(context),
         )
-        anomalies.record_anomalies(analytics, [run_id])
+        if not of_migration:  # there are too few to say what is usual
+            anomalies.record_anomalies(analytics, [run_id])
     summary = lineage.run_summary(rows)
     context["summary"] = summary  # type: ignore[typeddict-unknown-key]
     return summary

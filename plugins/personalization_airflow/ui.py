@@ -8,11 +8,12 @@ from airflow.plugins_manager import AirflowPlugin
 from airflow.sdk import BaseOperatorLink
 from personalization.settings import get_settings
 
-PIPELINE = "personalization_pipeline"
+PIPELINE, REEMBED = "personalization_pipeline", "reembed"
 SUMMARY = "Lineage: "
 """Begins the line of a run's note that is ours; the others are the user's."""
 
-_PAGES = {PIPELINE: "runs?run={run_id}", "offline_evaluation": "evaluation", "store_audit": "audit"}
+_RUN_PAGE = "runs?run={run_id}"
+_PAGES = {PIPELINE: _RUN_PAGE, REEMBED: _RUN_PAGE, "offline_evaluation": "evaluation", "store_audit": "audit"}
 
 
 def dashboard_page(dag_id: str, run_id: str) -> str:
@@ -51,10 +52,10 @@ def _note(dag_run: Any) -> None:
     from sqlalchemy.orm import object_session
 
     session = object_session(dag_run)
-    if dag_run.dag_id != PIPELINE or session is None:
+    if dag_run.dag_id not in (PIPELINE, REEMBED) or session is None:
         return
     returned = select(XComModel.value).where(
-        XComModel.dag_id == PIPELINE,
+        XComModel.dag_id == dag_run.dag_id,
         XComModel.run_id == dag_run.run_id,
         XComModel.task_id == "record_lineage",
         XComModel.key == "return_value",

@@ -70,6 +70,7 @@ def test_airflow_loads_the_plugin_once_without_an_error_and_no_driver_with_it():
     ("dag_id", "link"),
     [
         ("personalization_pipeline", f"https://dash.example/runs?run={QUOTED}"),
+        ("reembed", f"https://dash.example/runs?run={QUOTED}"),
         ("offline_evaluation", "https://dash.example/evaluation"),
         ("store_audit", "https://dash.example/audit"),
         ("somebody_else_s", ""),
@@ -237,11 +238,12 @@ DATASETS = """
 import json
 from airflow.sdk.lineage import get_hook_lineage_collector
 from airflow.providers.openlineage.extractors.manager import ExtractorManager
+from personalization.schemas import VectorSpace
 from personalization.settings import Settings
 from personalization_airflow.datasets import tell_datasets
-settings = Settings(_env_file=None, sqlite_path="/data/analytics.db", embedding_model="hub/small", embedding_dim=8)
+settings = Settings(_env_file=None, sqlite_path="/data/analytics.db")
 for stage in ("ingest_events", "refresh_profiles", "publish", "build_graph"):
-    tell_datasets(stage, settings)
+    tell_datasets(stage, VectorSpace("hub/small", 8), settings)
 found = ExtractorManager().get_hook_lineage()
 names = {kind: sorted(f"{one.namespace} {one.name}" for one in getattr(found, kind) if found) if found else []
          for kind in ("inputs", "outputs")}

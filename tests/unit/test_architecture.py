@@ -163,6 +163,15 @@ def test_parts_of_the_core_that_do_not_know_each_other(place: str, forbidden: li
                 "stores",
             ],
         ),
+        (
+            "migration",  # its last stages are the pipeline's; it compares as audits and replays do
+            [
+                *BOTTOM,
+                *("migration", "pipeline", "learning", "catalog", "encoder", "staging", "stores"),
+                *("audit.scratch", "evaluation.recording", "evaluation.replay"),
+                *("recommend.knowledge", "recommend.sources"),
+            ],
+        ),
         ("stores", [*BOTTOM, "stores"]),
         ("catalog", ["schemas", "errors", "settings", "encoder", "understanding", "reading", "catalog"]),
         # Its command reads a catalog; all else in it knows none.

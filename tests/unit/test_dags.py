@@ -74,7 +74,8 @@ def test_a_dag_says_of_every_param_what_it_is(dag: Any):
         types = param.schema["type"]
         known = {"null", "string", "number", "integer", "boolean", "array", "object"}
         assert set([types] if isinstance(types, str) else types) <= known, name
-        param.resolve()  # the default is valid
+        if name != "model":  # which a migration must be told
+            param.resolve()  # the default is valid
 
 
 def test_every_task_is_retried_at_growing_intervals(dag: Any):
@@ -207,18 +208,102 @@ def test_the_maintenance_is_one_task_an_hour(dagbag: Any):
     assert (task.task_id, task.execution_timeout) == ("sweep_erasures", timedelta(minutes=30))
 
 
+# --- another embedding model
+
+
+@pytest.fixture
+def reembed(dagbag: Any) -> Any:
+    return dagbag.dags["reembed"]
+
+
+def test_nothing_is_swapped_before_it_is_checked_and_what_reads_messages_anew_comes_behind(reembed: Any):
+    follow = {task.task_id: sorted(task.downstream_task_ids - {"record_lineage"}) for task in reembed.tasks}
+
+    assert follow == {
+        "check": ["fill"],
+        "fill": ["catch_up"],
+        "catch_up": ["verify"],
+        "verify": ["swap"],
+        "swap": ["embed_catalog"],
+        "embed_catalog": ["detect_intents"],
+        "detect_intents": ["build_graph", "learn", "publish", "roll_up_engagement"],
+        "build_graph": ["publish"],
+        "roll_up_engagement": ["publish"],
+        "learn": ["publish"],
+        "publish": ["complete"],
+        "complete": [],
+        "record_lineage": [],
+    }
+    # A former model that is kept has nothing to fill.
+    assert reembed.get_task("catch_up").trigger_rule.value == "none_failed"
+    assert {task.pool for task in reembed.tasks if task.task_id in follow["fill"]} == {"embedding"}
+
+
+def test_the_stages_of_a_migration_s_lineage_are_its_tasks_in_their_order(reembed: Any):
+    from personalization.pipeline.lineage import MIGRATION_STAGES as STAGES
+
+    assert set(STAGES) == set(reembed.task_ids) - {"record_lineage", "complete"}
+    place = {stage: at for at, stage in enumerate(STAGES)}
+    for task in reembed.tasks:
+        for later in task.downstream_task_ids - {"record_lineage", "complete"}:
+            assert place[task.task_id] < place[later]
+    assert [task.task_id for task in reembed.teardowns] == ["record_lineage"]
+    assert reembed.get_task("record_lineage").upstream_task_ids == set(STAGES)
+
+
+def test_migrations_wait_for_a_trigger(dagbag: Any):
+    assert [dagbag.dags[name].schedule for name in ("reembed", "reembed_finish")] == [None, None]
+    assert [task.task_id for task in dagbag.dags["reembed_finish"].tasks] == ["finish"]
+
+
+def test_a_migration_s_bounds_are_those_of_the_command(reembed: Any):
+    from personalization.migration.verify import Bounds
+
+    names = ("min_overlap", "max_intent_loss", "max_ndcg_loss")
+    assert Bounds(**{name: reembed.params[name] for name in names}) == Bounds()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "valid"),
+    [
+        ("model", "sentence-transformers/all-mpnet-base-v2", True),
+        ("model", "", False),
+        ("model", None, False),
+        ("dim", None, True),
+        ("dim", 768, True),
+        ("dim", 4, False),
+        ("dim", "768", False),
+        ("min_overlap", 0, True),
+        ("min_overlap", 1.5, False),
+        ("max_intent_loss", -0.1, False),
+        ("max_ndcg_loss", 1, True),
+    ],
+)
+def test_the_conf_of_a_migration_is_checked(reembed: Any, name: str, value: Any, valid: bool):
+    from airflow.sdk.exceptions import ParamValidationError
+
+    param = reembed.params.get_param(name)
+
+    if valid:
+        assert param.resolve(value) == value
+    else:
+        with pytest.raises(ParamValidationError):
+            param.resolve(value)
+
+
 # --- the pipeline
 
 
 def test_the_pipeline_s_tasks_follow_each_other_as_their_data_and_effects_demand(pipeline: Any):
     follow = {task.task_id: sorted(task.downstream_task_ids - {"record_lineage"}) for task in pipeline.tasks}
     assert follow == {
-        "prepare": ["embed", "embed_catalog", "ingest_events"],
-        "ingest": ["embed"],
+        "prepare": ["embed", "embed_catalog", "ingest_events", "mirror_vectors"],
+        "ingest": ["embed", "mirror_vectors"],
         "ingest_events": ["detect_intents"],
         "embed_catalog": ["detect_intents"],
         "embed": ["detect_intents", "upsert_vectors"],
         "upsert_vectors": ["learn", "refresh_profiles"],
+        "mirror_vectors": ["refresh_profiles"],
         "detect_intents": ["build_graph", "learn", "publish", "refresh_profiles", "roll_up_engagement"],
         "build_graph": ["publish"],
         "roll_up_engagement": ["publish"],
@@ -250,10 +335,14 @@ def test_tasks_that_load_the_model_wait_for_the_embedding_pool_and_may_take_long
     pools = {task.task_id: task.pool for task in pipeline.tasks}
     timeouts = {task.task_id: task.execution_timeout for task in pipeline.tasks}
 
-    assert {task_id for task_id, pool in pools.items() if pool == "embedding"} == {"embed", "embed_catalog"}
-    assert {timeouts["embed"], timeouts["embed_catalog"]} == {timedelta(hours=2)}
+    assert {task_id for task_id, pool in pools.items() if pool == "embedding"} == {
+        "embed",
+        "embed_catalog",
+        "mirror_vectors",
+    }
+    assert {timeouts[one] for one in ("embed", "embed_catalog", "mirror_vectors")} == {timedelta(hours=2)}
     short = {task_id for task_id, timeout in timeouts.items() if timeout == timedelta(minutes=30)}
-    assert short == set(timeouts) - {"embed", "embed_catalog", "ingest", "ingest_events"}
+    assert short == set(timeouts) - {"embed", "embed_catalog", "mirror_vectors", "ingest", "ingest_events"}
 
 
 def test_shards_and_pages_are_mapped_and_few_run_at_once(pipeline: Any):

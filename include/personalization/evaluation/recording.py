@@ -57,7 +57,7 @@ def evaluate_stores(
     """
     policies = check_policies(request.policies)
     analytics.ensure_schema()
-    plan = _plan(analytics, request)
+    plan = plan_of(analytics, request)
     vectors.ensure_schema(space)
     staged = embed_campaigns(report, catalog=catalog, space=space, staging=staging)
     history = load_history(
@@ -81,7 +81,12 @@ def evaluate_stores(
     return figures
 
 
-def _plan(analytics: AnalyticsStore, request: Request) -> Plan:
+def plan_of(analytics: AnalyticsStore, request: Request) -> Plan:
+    """The splits, back from the last click or conversion. Two small queries.
+
+    Raises:
+        TooLittleFeedbackError: there are too few clicks and conversions to tell one policy from another.
+    """
     last = analytics.last_feedback_at()
     if last is None:
         raise TooLittleFeedbackError(
