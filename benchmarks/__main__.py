@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import anomalies, audit, dashboard, encoder, ingest, intents, recommendation, serving
+from benchmarks import anomalies, audit, dashboard, encoder, ingest, intents, migration, recommendation, serving
 
 MESSAGES = 10_000
 RESULTS = Path(__file__).parent / "results"
@@ -15,6 +15,7 @@ BENCHMARKS: dict[str, tuple[Path, Callable[[], None]]] = {
     "encoder": (encoder.DATA, lambda: encoder.main(RESULTS)),
     "ingest": (ingest.DATA, lambda: ingest.main(MESSAGES, RESULTS)),
     "intents": (intents.DATA, lambda: intents.main(RESULTS)),
+    "migration": (audit.DATA, lambda: migration.main(RESULTS)),
     "recommendation": (recommendation.REDIAL, lambda: recommendation.main(RESULTS)),
     "serving": (serving.DATA, lambda: serving.main(RESULTS)),
 }
