@@ -15,6 +15,7 @@ import pytest
 import structlog
 from aiosmtpd.controller import Controller
 from conftest import PROJECT, free_ports
+from personalization.schemas import VectorSpace
 from personalization.settings import Settings, get_settings
 
 RUN = "manual__2026-11-01T09:00:00+00:00"
@@ -292,6 +293,6 @@ def test_a_database_on_a_server_is_named_by_host_and_port(monkeypatch: pytest.Mo
 
     settings = Settings(_env_file=None, analytics_url="postgresql+psycopg://u:hidden@db/analytics")
 
-    dataset = to_openlineage(SimpleNamespace(uri=_uri("sql:events", settings)), None)  # type: ignore[arg-type]
+    dataset = to_openlineage(SimpleNamespace(uri=_uri("sql:events", VectorSpace("", 0), settings)), None)  # type: ignore[arg-type]
 
     assert (dataset.namespace, dataset.name) == ("postgresql://db:5432/analytics", "events")
