@@ -240,7 +240,7 @@ def _clean(spaces: Sequence[VectorSpace], settings: Settings) -> dict[VectorSpac
         texts = {one["_id"]: one["message"] for page in stores.mongo.pages("message", ("message",)) for one in page}
     found = {}
     for space in spaces:
-        encoder = get_encoder(space.model, space.dim, settings.embedding_batch_size)
+        encoder = get_encoder(space.model, space.dim)
         found[space] = dict(zip(texts, encoder.encode(list(texts.values())), strict=True))
     return found
 

@@ -116,13 +116,14 @@ def mirror_vectors(shards: list[Ref]) -> None:
     from personalization.stores.analytics import analytics_store
 
     from personalization_airflow.stage import stage
-    from personalization_airflow.stores import mongo_store, vector_store
+    from personalization_airflow.stores import mongo_store, vector_cache, vector_store
 
     with (
         stage("mirror_vectors") as s,
         mongo_store(s.settings) as mongo,
         analytics_store(s.settings) as analytics,
         vector_store() as store,
+        vector_cache(s.settings) as cache,
     ):
         mirror.mirror_vectors(
             s.report,
@@ -131,7 +132,7 @@ def mirror_vectors(shards: list[Ref]) -> None:
             mongo=mongo,
             analytics=analytics,
             vectors=store,
-            settings=s.settings,
+            cache=cache,
         )
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from personalization.migration import swap as swapping
 from personalization.migration.fill import embed_messages
 from personalization.migration.run import drop_former, migrate, roll_back
 from personalization.migration.scene import Scene
+from personalization.pipeline.lineage import StageReport
 from personalization.pipeline.run import run_pipeline
 from personalization.schemas import VectorSpace
 from personalization.settings import Settings
@@ -80,7 +82,7 @@ def assert_whole(stores: Stores, settings: Settings, *wanted: VectorSpace) -> No
     for space in wanted:
         there = vectors_of(stores, space)
         assert set(there) == set(texts)
-        clean = get_encoder(space.model, space.dim, settings.embedding_batch_size).encode(list(texts.values()))
+        clean = get_encoder(space.model, space.dim).encode(list(texts.values()))
         cosines = (np.stack([there[one] for one in texts]) * clean).sum(axis=1)
         assert cosines.min() > 0.995
         users = set(vectors_of(stores, space, USERS))
@@ -228,7 +230,7 @@ async def test_a_text_that_is_edited_while_it_is_embedded_is_embedded_again(
     """MongoDB is asked behind the write: the run that edits may have written its vector before ours."""
     one = stores.mongo.conversations.find_one()
     assert one is not None
-    encoder = get_encoder(NARROW.model, NARROW.dim, sharded.embedding_batch_size)
+    encoder = get_encoder(NARROW.model, NARROW.dim)
     encode, texts = encoder.encode, []
 
     def encode_and_edit(batch: list[str]) -> Any:
@@ -238,10 +240,12 @@ async def test_a_text_that_is_edited_while_it_is_embedded_is_embedded_again(
         return encode(batch)
 
     monkeypatch.setattr(encoder, "encode", encode_and_edit)
+    stores.redis.flushdb()  # or the vectors of the texts were known
     with PlatformStores.of(sharded) as platform:
         platform.vectors.ensure_schema(NARROW)
         scene = Scene(platform, Staging(sharded.staging_uri, "test"), sharded)
-        assert embed_messages([one["_id"], "gone"], NARROW, scene) == 1
+        report = StageReport(run_id="test", stage="fill", shard=0, attempt=1, started_at=datetime.now(UTC))
+        assert embed_messages(report, [one["_id"], "gone"], NARROW, scene) == 1
 
     assert texts == [one["message"], "Edited meanwhile"]
     assert (vectors_of(stores, NARROW)[one["_id"]] @ encode(["Edited meanwhile"])[0]) > 0.995

@@ -47,7 +47,7 @@ def check(report: StageReport, target: VectorSpace, scene: Scene) -> list[Ref]:
             f"{others[0]} is kept beside {live.name}, and each daily run embeds for both; drop it first, by the DAG "
             f"`reembed_finish` or `personalization reembed --finish`"
         )
-    get_encoder(target.model, target.dim, scene.settings.embedding_batch_size)
+    get_encoder(target.model, target.dim)
     scene.stores.vectors.ensure_schema(target)
     filling = Filling.of(scene.settings, target)
     if states.get(target) == "kept":

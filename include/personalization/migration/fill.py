@@ -6,15 +6,16 @@ from typing import Any
 import pyarrow as pa
 import structlog
 
-from personalization.encoder import get_encoder
 from personalization.errors import MigrationError
 from personalization.migration.differences import Differences, differences
 from personalization.migration.filling import Filling
 from personalization.migration.scene import Scene
+from personalization.pipeline.embed import vectors_of
 from personalization.pipeline.lineage import StageReport
 from personalization.pipeline.vectors import set_profiles, write_vectors
 from personalization.schemas import Ref, VectorSpace
 from personalization.staging import read
+from personalization.stores.cache import VectorCache
 from personalization.stores.milvus import MESSAGES
 
 _LOOKED_UP = 1000
@@ -35,7 +36,7 @@ def fill(report: StageReport, shard: Ref, target: VectorSpace, scene: Scene) -> 
     if filling.is_filled(shard):
         report.skipped = shard["rows"]
         return
-    report.rows_out = embed_messages(read(shard).column("id").to_pylist(), target, scene)
+    report.rows_out = embed_messages(report, read(shard).column("id").to_pylist(), target, scene)
     report.skipped = report.rows_in - report.rows_out
     report.bytes_written += report.rows_out * target.vector_bytes
     filling.mark_filled(shard)
@@ -74,14 +75,14 @@ def catch_up(report: StageReport, target: VectorSpace, scene: Scene) -> None:
 
 def _settle(report: StageReport, found: Differences, target: VectorSpace, scene: Scene) -> None:
     for ids in found.missing_pages(scene.settings.shard_rows):
-        report.rows_out += embed_messages(ids, target, scene)
+        report.rows_out += embed_messages(report, ids, target, scene)
     for ids in found.orphan_pages(_LOOKED_UP):
         known = scene.stores.mongo.stored("message", ids)  # again, right before
         scene.stores.vectors.delete(target.collection(MESSAGES), [one for one in ids if one not in known])
         report.skipped += len(ids) - len(known)
 
 
-def embed_messages(ids: Sequence[str], target: VectorSpace, scene: Scene) -> int:
+def embed_messages(report: StageReport, ids: Sequence[str], target: VectorSpace, scene: Scene) -> int:
     """Embed messages by id as MongoDB has them and write their vectors; return how many.
 
     A run may edit a message meanwhile, and write its vector before ours, which is of the old text. So MongoDB is asked
@@ -94,7 +95,7 @@ def embed_messages(ids: Sequence[str], target: VectorSpace, scene: Scene) -> int
     to_do = list(ids)
     while to_do:
         found = _texts(to_do, scene)
-        _write(found, target, scene)
+        _write(report, found, target, scene)
         written = max(written, len(found))
         after = _texts(to_do, scene)
         vectors.delete(collection, [one for one in to_do if one not in after])
@@ -108,12 +109,12 @@ def embed_messages(ids: Sequence[str], target: VectorSpace, scene: Scene) -> int
     return written
 
 
-def _write(found: dict[str, dict[str, Any]], target: VectorSpace, scene: Scene) -> None:
+def _write(report: StageReport, found: dict[str, dict[str, Any]], target: VectorSpace, scene: Scene) -> None:
     if not found:
         return
     messages = list(found.values())
-    encoder = get_encoder(target.model, target.dim, scene.settings.embedding_batch_size)
-    matrix = encoder.encode([one["message"] for one in messages])
+    cache = VectorCache(scene.stores.cache.client, scene.settings.vector_cache_days)
+    matrix = vectors_of([(one["user_id"], one["message"]) for one in messages], target, cache, report)
     table = pa.table(
         {
             "id": [one["_id"] for one in messages],

@@ -105,7 +105,7 @@ class _Run:
         stores, staging, settings = self.scene.stores, self.scene.staging, self.scene.settings
         catalog = self.scene.catalog()
         with self.stage("embed_catalog") as report:
-            utterances = embed_catalog(report, catalog=catalog, space=target, staging=staging, settings=settings)
+            utterances = embed_catalog(report, catalog=catalog, space=target, staging=staging)
         with self.stage("detect_intents") as report:
             pages = detect_intents(
                 report,

@@ -136,7 +136,7 @@ def _embed_again(sample: dict[str, Any], target: VectorSpace, scene: Scene, foun
     settled = [one for one in settled if one in texts]
     if not settled:
         return
-    encoder = get_encoder(target.model, target.dim, scene.settings.embedding_batch_size)
+    encoder = get_encoder(target.model, target.dim)
     again = encoder.encode([texts[one]["message"] for one in settled])
     cosines = (again * np.stack([sample[one] for one in settled])).sum(axis=1)
     found.figures["embedded_again"] = len(settled)
@@ -173,9 +173,7 @@ def _compare_intents(
     catalog = scene.catalog()
     accuracies = []
     for space in (live, target):
-        staged = embed_utterances(
-            report.model_copy(), catalog=catalog, space=space, staging=scene.staging, settings=scene.settings
-        )
+        staged = embed_utterances(report.model_copy(), catalog=catalog, space=space, staging=scene.staging)
         table = read(staged)
         intents = table.column("intent_id").to_pylist()
         if len(intents) < 2:
@@ -204,9 +202,7 @@ def _compare_ranking(
     catalog = scene.catalog()
     values, owners = [], []
     for space in (live, target):
-        staged = embed_campaigns(
-            report.model_copy(), catalog=catalog, space=space, staging=scene.staging, settings=scene.settings
-        )
+        staged = embed_campaigns(report.model_copy(), catalog=catalog, space=space, staging=scene.staging)
         history = load_history(
             analytics=scene.stores.analytics,
             vectors=scene.stores.vectors,

@@ -33,7 +33,7 @@ def embed(report: StageReport, shard: Ref, *, space: VectorSpace, staging: Stagi
     said = list(zip(messages.column("user_id").to_pylist(), messages.column("text").to_pylist(), strict=True))
     report.rows_in = report.rows_out = messages.num_rows
     report.details = {"model": space.model, "dim": space.dim}
-    vectors = _vectors_of(said, space, cache, report)
+    vectors = vectors_of(said, space, cache, report)
     # Of the first shard, whose details stand for the stage; `quality` compares runs by it.
     if report.shard == 0 and (summary := sketch(vectors)) is not None:
         report.details["sketch"] = summary.to_details()
@@ -41,8 +41,8 @@ def embed(report: StageReport, shard: Ref, *, space: VectorSpace, staging: Stagi
     return staging.write(f"embedded/{Path(shard['uri']).name}", embedded)
 
 
-def _vectors_of(said: list[tuple[str, str]], space: VectorSpace, cache: VectorCache, report: StageReport) -> Vectors:
-    """The vectors of (user, text) pairs, shape (pairs, dim), from the cache or the model."""
+def vectors_of(said: list[tuple[str, str]], space: VectorSpace, cache: VectorCache, report: StageReport) -> Vectors:
+    """The vectors of (user, text) pairs, shape (pairs, dim), from the cache or the model; the report says how many."""
     place = {text: at for at, text in enumerate(dict.fromkeys(text for _, text in said))}
     texts = list(place)
     vectors = np.zeros((len(texts), space.dim), dtype=np.float32)

@@ -4,15 +4,15 @@ from collections.abc import Sequence
 
 import structlog
 
-from personalization.encoder import get_encoder
 from personalization.errors import EmbeddingError, StoreError
+from personalization.pipeline.embed import vectors_of
 from personalization.pipeline.lineage import StageReport
 from personalization.pipeline.spaces import spaces_beside
 from personalization.pipeline.vectors import write_vectors
 from personalization.schemas import Ref, VectorSpace
-from personalization.settings import Settings
 from personalization.staging import read
 from personalization.stores.analytics import AnalyticsStore
+from personalization.stores.cache import VectorCache
 from personalization.stores.milvus import VectorStore
 from personalization.stores.mongo import MongoStore
 
@@ -27,7 +27,7 @@ def mirror_vectors(
     mongo: MongoStore,
     analytics: AnalyticsStore,
     vectors: VectorStore,
-    settings: Settings,
+    cache: VectorCache,
 ) -> None:
     """Embed the shards for every space beside `space` and write the vectors; costs nothing where there is none.
 
@@ -41,7 +41,7 @@ def mirror_vectors(
     for other in spaces_beside(analytics, space) if shards else []:
         try:
             for shard in shards:
-                _mirror(report, shard, other, mongo, vectors, settings)
+                _mirror(report, shard, other, mongo, vectors, cache)
         except (EmbeddingError, StoreError) as error:
             is_live = analytics.spaces().get(other) == "live"
             if is_live or (isinstance(error, StoreError) and error.store != "milvus"):
@@ -54,11 +54,11 @@ def mirror_vectors(
 
 
 def _mirror(
-    report: StageReport, shard: Ref, space: VectorSpace, mongo: MongoStore, vectors: VectorStore, settings: Settings
+    report: StageReport, shard: Ref, space: VectorSpace, mongo: MongoStore, vectors: VectorStore, cache: VectorCache
 ) -> None:
     messages = read(shard)
-    encoder = get_encoder(space.model, space.dim, settings.embedding_batch_size)
-    matrix = encoder.encode(messages.column("text").to_pylist())
+    said = list(zip(messages.column("user_id").to_pylist(), messages.column("text").to_pylist(), strict=True))
+    matrix = vectors_of(said, space, cache, report)
     written = write_vectors(messages, matrix, space=space, mongo=mongo, vectors=vectors)
     report.rows_in += messages.num_rows
     report.rows_out += written

@@ -175,7 +175,7 @@ class Run:
                 mongo=mongo,
                 analytics=analytics,
                 vectors=vectors,
-                settings=settings,
+                cache=known,
             )
         with self.stage("detect_intents") as report:
             pages = detect_intents(
