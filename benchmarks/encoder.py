@@ -263,7 +263,7 @@ def use(folder: str, texts: list[str], scratch: Path) -> Use:
     packed = encoder._packed
     if packed is None:
         raise ValueError(f"{folder} is not encoded without padding")
-    few = texts[: max(1, len(texts) // 10)]
+    few = texts[: max(MESSAGES, len(texts) // 10)]
     encoder.encode(few)  # the first products take longer than others
 
     def staged() -> None:
