@@ -86,7 +86,7 @@ def main(results: Path, messages: int = MESSAGES, kills: int = KILLS, seed: int 
                 _drop_former(settings)
                 at += 1
     results.mkdir(exist_ok=True)
-    (results / "migration.md").write_text(table(tally, messages, time.monotonic() - started))
+    (results / "migration.md").write_text(table(tally, messages, kills, time.monotonic() - started))
     print((results / "migration.md").read_text())
 
 
@@ -315,7 +315,7 @@ def _environment(settings: Settings) -> dict[str, str]:
     return os.environ | {name.upper(): str(value) for name, value in reveal.items()}
 
 
-def table(tally: Tally, messages: int, seconds: float) -> str:
+def table(tally: Tally, messages: int, kills: int, seconds: float) -> str:
     """The results as Markdown."""
     points = Counter(tally.kills)
     lines = [
@@ -327,7 +327,7 @@ def table(tally: Tally, messages: int, seconds: float) -> str:
         "",
         "| | |",
         "|---|---|",
-        f"| kills | {len(tally.kills)} |",
+        f"| kills | {len(tally.kills)}{'' if len(tally.kills) >= kills else f' of {kills}, as the time was over'} |",
         f"| migrations, each completed | {len(tally.migrations)} |",
         f"| answers read | {sum(tally.answers.values()) + len(tally.wrong):,} |",
         *(f"| … {name} | {count:,} |" for name, count in sorted(tally.answers.items())),
