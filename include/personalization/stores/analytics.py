@@ -7,7 +7,7 @@ never incremented.
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, TypeVar, cast
@@ -756,7 +756,7 @@ class AsyncAnalyticsReader:
 
         async def reading() -> T:
             with analytics_errors():
-                async with self.engine.connect() as connection:
+                async with aclosing(await self._connection()) as connection:
                     return await read(connection)
 
         task = asyncio.create_task(reading())
@@ -766,6 +766,17 @@ class AsyncAnalyticsReader:
             task.cancel()
             self._given_up.add(task)
             task.add_done_callback(self._gave_up)
+            raise
+
+    async def _connection(self) -> AsyncConnection:
+        """One of the pool. What is being opened is opened to the end, though nobody waits for it: the thread of a
+        connection that aiosqlite was kept from opening tells its loop so, whether or not that is still there.
+        """
+        opening = asyncio.ensure_future(self.engine.connect().start())
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            await (await opening).aclose()
             raise
 
     def _gave_up(self, task: "asyncio.Task[Any]") -> None:
