@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -37,8 +37,10 @@ class Known:
     served: ServedKnowledge
     campaigns: CampaignKnowledge
     """Of those that run now."""
-    evidence: Evidence
-    """What every source says of them, for this user."""
+    together: Evidence
+    """What every source says of them, for all users that were asked about at once."""
+    at: int
+    """This user's place there."""
     viewer: Viewer
     expressed: list[LinkRow]
     engaged: list[LinkRow]
@@ -59,21 +61,18 @@ class Known:
         """Whether any message of the user is known."""
         return bool(self.message_count)
 
+    @property
+    def evidence(self) -> Evidence:
+        """What every source says of the campaigns for this user, (1, C) each; views."""
+        return self.together.rows([self.at])
+
     def says(self, source: Source, campaign_id: str) -> float:
         """Score of a source for the campaign."""
-        return float(self.evidence.sources[source][0, self.column(campaign_id)])
+        return float(self.together.sources[source][self.at, self.campaigns.column[campaign_id]])
 
     def neighbours_engaged(self, campaign_id: str) -> int:
         """How many similar users engaged with the campaign."""
-        return int(self.evidence.context["neighbours"][0, self.column(campaign_id)])
-
-    def column(self, campaign_id: str) -> int:
-        """Place of the campaign among the candidates."""
-        return self._columns[campaign_id]
-
-    @cached_property
-    def _columns(self) -> dict[str, int]:
-        return {campaign_id: at for at, campaign_id in enumerate(self.campaigns.ids)}
+        return int(self.together.context["neighbours"][self.at, self.campaigns.column[campaign_id]])
 
 
 @dataclass(frozen=True)
@@ -242,7 +241,7 @@ def _known(
         if len(user.vectors):
             profile[at] = user.vectors[0, :dims]
             interests[at, : len(user.vectors) - 1] = user.vectors[1:, :dims]
-    column = {one: at for at, one in enumerate(campaigns.ids)}
+    column = campaigns.column
     scores = np.zeros((2, len(found), len(column)), dtype=np.float32)
     for row in neighbours_engaged:
         if (place := column.get(row["campaign_id"])) is not None:
@@ -262,7 +261,8 @@ def _known(
         Known(
             served,
             campaigns,
-            evidence.row(at),
+            evidence,
+            at,
             Viewer(user.user_id, frozenset(one["id"] for one in expressed[at]), _events(user), "neo4j" not in missing),
             expressed[at],
             engaged[at],

@@ -125,13 +125,13 @@ def _audience_similarity(known: Known, campaign_id: str) -> Fact:
 
 
 def _popularity(known: Known, campaign_id: str) -> Fact:
-    users = int(known.campaigns.users[known.column(campaign_id)])
+    users = int(known.campaigns.users[known.campaigns.column[campaign_id]])
     words = f"{users:,} user{'' if users == 1 else 's'} in all engaged with it" if users else _UNTRIED
     return Fact(words, {"users": users})
 
 
 def _recency(known: Known, campaign_id: str) -> Fact:
-    last_at = int(known.campaigns.last_at[known.column(campaign_id)])
+    last_at = int(known.campaigns.last_at[known.campaigns.column[campaign_id]])
     if not last_at:
         return Fact("is new", {"last_engagement": None})
     return Fact(f"someone engaged with it on {_day(last_at)}", {"last_engagement": last_at})

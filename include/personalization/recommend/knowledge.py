@@ -12,7 +12,7 @@ import numpy as np
 from personalization.errors import StoreError
 from personalization.recommend.ranking import DEFAULT_FUSION, LearnedRanker
 from personalization.recommend.sources import CampaignKnowledge
-from personalization.schemas import Campaign, Catalog, VectorSpace
+from personalization.schemas import Audience, Campaign, Catalog, VectorSpace
 from personalization.understanding.reader import IntentReader
 
 NO_SPACE = VectorSpace("", 0)
@@ -54,6 +54,11 @@ class ServedKnowledge:
     def campaign_of(self) -> dict[str, Campaign]:
         """The catalog's campaigns by id."""
         return {one.id: one for one in self.catalog.campaigns}
+
+    @cached_property
+    def with_audience(self) -> frozenset[str]:
+        """Ids of the campaigns that are not for everyone."""
+        return frozenset(one.id for one in self.catalog.campaigns if one.audience != Audience())
 
     @cached_property
     def intent_names(self) -> dict[str, str]:

@@ -63,23 +63,16 @@ class Evidence:
         sources = score_sources(campaigns, users)
         return cls(sources, score_context(campaigns, users, sources))
 
-    @classmethod
-    def stacked(cls, rows: Sequence[Self]) -> Self:
-        """Of all their users, in order."""
-        if len(rows) == 1:
-            return rows[0]
-        first = rows[0]
-        return cls(
-            {name: np.concatenate([one.sources[name] for one in rows]) for name in first.sources},
-            {name: np.concatenate([one.context[name] for one in rows]) for name in first.context},
-        )
-
-    def row(self, at: int) -> Self:
-        """Of the user at this place, (1, C) each; views."""
-        own = slice(at, at + 1)
+    def rows(self, places: Sequence[int]) -> Self:
+        """Of the users at these places, in that order."""
+        first, count = places[0], len(places)
+        if list(places) == list(range(first, first + count)):
+            chosen: slice | list[int] = slice(first, first + count)  # views
+        else:
+            chosen = list(places)
         return type(self)(
-            {name: matrix[own] for name, matrix in self.sources.items()},
-            {name: matrix[own] for name, matrix in self.context.items()},
+            {name: matrix[chosen] for name, matrix in self.sources.items()},
+            {name: matrix[chosen] for name, matrix in self.context.items()},
         )
 
     @cached_property
@@ -168,7 +161,7 @@ class LearnedRanker:
 
     def shares(self, evidence: Evidence, columns: Columns | None = None) -> tuple[list[Source], Shares]:
         """The score, split by what speaks for it: the positive SHAP values (Lundberg and Lee 2017) of the sources."""
-        matrix = _some(feature_matrix(evidence, self.features), columns)
+        matrix = feature_matrix(evidence, self.features, columns)
         flat = self._predict(matrix, pred_contrib=True)
         names = list(dict.fromkeys(source_of(feature) for feature in self.features))
         given = np.stack(
@@ -228,9 +221,12 @@ def monotone(features: Sequence[str]) -> list[int]:
     return [int(feature.partition(":")[2] in _RISING) for feature in features]
 
 
-def feature_matrix(evidence: Evidence, features: Sequence[str]) -> Shares:
-    """(B, C, F)."""
-    return np.stack([feature_scores(evidence, feature) for feature in features], axis=2).astype(np.float32)
+def feature_matrix(evidence: Evidence, features: Sequence[str], columns: Columns | None = None) -> Shares:
+    """(B, C, F), or (B, K, F) of each user's own columns."""
+    scores = [feature_scores(evidence, feature) for feature in features]
+    if columns is not None:
+        scores = [np.take_along_axis(one, columns, axis=1) for one in scores]
+    return np.stack(scores, axis=2, dtype=np.float32, casting="same_kind")
 
 
 def feature_scores(evidence: Evidence, feature: str) -> Matrix:

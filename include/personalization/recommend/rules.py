@@ -33,6 +33,11 @@ class Viewer:
         return self._times.get((campaign_id, event), [])
 
     @cached_property
+    def campaign_ids(self) -> frozenset[str]:
+        """Campaigns that the events are of."""
+        return frozenset(one.campaign_id for one in self.events)
+
+    @cached_property
     def _times(self) -> dict[tuple[str, EventKind], list[int]]:
         times: dict[tuple[str, EventKind], list[int]] = defaultdict(list)
         for one in self.events:
@@ -154,10 +159,12 @@ def _capped(
     ranked: Sequence[Campaign], rules: CatalogRules, of_category: Counter[str], *, each: bool = False
 ) -> tuple[list[Campaign], list[Campaign]]:
     """Those within the cap of their category and those over it; with `each`, as if it were the only one to join."""
+    if not rules.max_per_category:
+        return list(ranked), []
     within: list[Campaign] = []
     over: list[Campaign] = []
     for one in ranked:
-        if rules.max_per_category and of_category[one.category] >= rules.max_per_category:
+        if of_category[one.category] >= rules.max_per_category:
             over.append(one)
         else:
             of_category[one.category] += not each

@@ -20,10 +20,10 @@ from personalization.recommend.explanation import reasons
 from personalization.recommend.exploration import arm, explore
 from personalization.recommend.guard import Guard, Observer
 from personalization.recommend.knowledge import ServedKnowledge
-from personalization.recommend.ranking import NAMED_RANKERS, Evidence, Ranker
+from personalization.recommend.ranking import NAMED_RANKERS, Ranker
 from personalization.recommend.rules import Chosen, arrange, exclusions
 from personalization.recommend.sources import Vector
-from personalization.schemas import Exclusion, ExpressedNow, Preview, Recommendation, Recommendations, Source
+from personalization.schemas import Campaign, Exclusion, ExpressedNow, Preview, Recommendation, Recommendations, Source
 from personalization.settings import Settings
 from personalization.stores.analytics import AsyncAnalyticsReader
 from personalization.stores.cache import AsyncCache, LookedUp
@@ -405,15 +405,18 @@ def _by_one(
     served = known[0].served
     campaigns = [served.campaign_of[one] for one in known[0].campaigns.ids]
     boosts = np.asarray([one.boost for one in campaigns], dtype=np.float32)
-    evidence = Evidence.stacked([one.evidence for one in known])
+    evidence = known[0].together.rows([one.at for one in known])
     scores = ranker.score(evidence) * boosts
+    by_id = known[0].campaigns.by_id
+    best_first = by_id[np.argsort(-scores[:, by_id], axis=1, kind="stable")].tolist()  # of equals, by id
     lists = [
-        _listed(one, ask, scores[at], now_ms, settings) for at, (one, ask) in enumerate(zip(known, asks, strict=True))
+        _listed(one, ask, [campaigns[at] for at in order], now_ms, settings)
+        for one, ask, order in zip(known, asks, best_first, strict=True)
     ]
     # Only what is shown is split into shares: that costs far more than the scores of all.
     columns = np.zeros((len(known), max(len(one.shown) for one in lists)), dtype=np.int64)
     for at, (one, chosen) in enumerate(zip(known, lists, strict=True)):
-        columns[at, : len(chosen.shown)] = [one.column(campaign_id) for campaign_id in chosen.shown]
+        columns[at, : len(chosen.shown)] = [one.campaigns.column[campaign_id] for campaign_id in chosen.shown]
     names, shares = ranker.shares(evidence, columns)
     # A boost lifts nothing above certainty.
     given = shares * np.take_along_axis(boosts / np.maximum(scores, 1), columns, axis=1)[:, :, None]
@@ -449,16 +452,18 @@ def _by_one(
     return found
 
 
-def _listed(known: Known, ask: Ask, scores: Vector, now_ms: int, settings: Settings) -> _List:
-    catalog = known.served.catalog
-    campaigns = [known.served.campaign_of[one] for one in known.campaigns.ids]
-    # Who asks why is told of those that ended, too.
-    asked = catalog.campaigns if ask.explain else campaigns
-    held_back = exclusions(asked, known.viewer, now_ms, category=ask.category, unwanted=ask.exclude)
+def _listed(known: Known, ask: Ask, best_first: Sequence[Campaign], now_ms: int, settings: Settings) -> _List:
+    served, viewer = known.served, known.viewer
+    asked: Sequence[Campaign] = best_first
+    if ask.explain:  # who asks why is told of those that ended, too
+        asked = served.catalog.campaigns
+    elif ask.category is None:  # all that run may be shown to whom they have not met, unless they name their audience
+        met = served.with_audience | viewer.campaign_ids | ask.exclude
+        asked = [served.campaign_of[one] for one in met if one in known.campaigns.column]
+    held_back = exclusions(asked, viewer, now_ms, category=ask.category, unwanted=ask.exclude)
     out = {one.campaign_id for one in held_back}
-    order = sorted(range(len(campaigns)), key=lambda at: (-scores[at], campaigns[at].id))
-    ranked = [campaigns[at] for at in order if campaigns[at].id not in out]
-    arranged = arrange(ranked, catalog.rules, ask.top)
+    ranked = [one for one in best_first if one.id not in out]
+    arranged = arrange(ranked, served.catalog.rules, ask.top)
     shown, propensities = explore(
         [*arranged.campaign_ids, *arranged.spare],
         ask.top,

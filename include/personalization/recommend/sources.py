@@ -67,6 +67,16 @@ class CampaignKnowledge:
     """(I + P, C) probability that a walk with restarts from the intent or campaign is at the candidate."""
 
     @cached_property
+    def column(self) -> dict[str, int]:
+        """Place of each candidate."""
+        return {campaign_id: at for at, campaign_id in enumerate(self.ids)}
+
+    @cached_property
+    def by_id(self) -> Whole:
+        """(C,) places of the candidates, in the order of their ids."""
+        return np.asarray(sorted(range(len(self.ids)), key=self.ids.__getitem__), dtype=np.int64)
+
+    @cached_property
     def own_column(self) -> Whole:
         """(C,) place of each candidate in `engaged_ids`, or -1."""
         place = {campaign_id: at for at, campaign_id in enumerate(self.engaged_ids)}
