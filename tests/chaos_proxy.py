@@ -166,7 +166,7 @@ def running_api(settings: Settings, log: Path) -> Iterator[Api]:
         process = subprocess.Popen(command, cwd=PROJECT, env=os.environ | env, stdout=output, stderr=output)
     api = Api(f"http://127.0.0.1:{port}", log, process)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while True:
             with suppress(httpx.HTTPError):
                 if httpx.get(f"{api.url}/health").is_success:

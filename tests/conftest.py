@@ -110,7 +110,7 @@ def embedding_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embe
 
 
 def _wait_until_ready(service: EmbeddingService) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         with suppress(httpx.HTTPError):
             if httpx.get(f"{service.url}/ready").is_success:
@@ -157,15 +157,23 @@ def empty_stores(settings: Settings) -> None:
         redis.flushdb()
 
 
-@pytest.fixture(scope="module")
-def published(store_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Settings of stores that hold the sample. No test that asks for it changes what they hold."""
-    folder = tmp_path_factory.mktemp("published")
-    settings = empty_settings(store_stack, folder)
-    from personalization.pipeline.run import run_pipeline  # unit tests need none of it
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+    """Settings of stores that hold the sample, filled once a session, which takes longer than to start more stores.
 
-    assert run_pipeline(SAMPLE, settings, with_quiet_user(folder))["status"] == "success"
-    return settings
+    No test that asks for it changes what they hold, but for what is cached.
+    """
+    folder = tmp_path_factory.mktemp("published")
+    stack = Stack(stack_config(folder), only_stores=True)
+    stack.start(print)
+    try:
+        settings = empty_settings(stack, folder)
+        from personalization.pipeline.run import run_pipeline  # unit tests need none of it
+
+        assert run_pipeline(SAMPLE, settings, with_quiet_user(folder))["status"] == "success"
+        yield settings
+    finally:
+        stack.stop()
 
 
 @asynccontextmanager

@@ -72,7 +72,7 @@ async def test_no_event_of_an_erased_person_is_taken(published: Settings, stores
 async def test_with_a_store_down_it_is_a_202_that_tells_which_and_nothing_internal(published: Settings) -> None:
     [port] = free_ports(1)
     async with api_of(
-        published.model_copy(update={"neo4j_uri": f"bolt://127.0.0.1:{port}", "store_timeout_s": 1})
+        published.model_copy(update={"neo4j_uri": f"bolt://127.0.0.1:{port}", "store_timeout_s": 3})
     ) as api:
         queued = await api.delete("/v1/users/u-1098")
 
@@ -87,7 +87,7 @@ async def test_with_redis_down_its_cached_answers_count_no_more_once_it_is_back(
 ) -> None:
     [port] = free_ports(1)
     down = SecretStr(f"redis://127.0.0.1:{port}/0")
-    async with api_of(published.model_copy(update={"redis_url": down, "store_timeout_s": 1})) as api:
+    async with api_of(published.model_copy(update={"redis_url": down, "store_timeout_s": 3})) as api:
         queued = await api.delete("/v1/users/quiet")
         transport = api._transport
         assert isinstance(transport, httpx.ASGITransport)
@@ -100,7 +100,7 @@ async def test_with_mongodb_down_it_is_a_503_and_nothing_was_done(published: Set
     [port] = free_ports(1)
     before = stores.sql("SELECT count(*) FROM message_intents WHERE user_id = 'fatima.z'")
     down = SecretStr(f"mongodb://127.0.0.1:{port}/?directConnection=true")
-    async with api_of(published.model_copy(update={"mongodb_uri": down, "store_timeout_s": 1})) as api:
+    async with api_of(published.model_copy(update={"mongodb_uri": down, "store_timeout_s": 3})) as api:
         refused = await api.delete("/v1/users/fatima.z")
 
     assert refused.status_code == 503

@@ -81,7 +81,7 @@ def api(
 
 
 def _wait_until_ready(api: Api, process: subprocess.Popen[bytes]) -> None:
-    deadline = monotonic() + 60
+    deadline = monotonic() + 120
     while monotonic() < deadline:
         with suppress(httpx.HTTPError):
             if httpx.get(f"{api.url}/v1/ready").json()["status"] == "ready":

@@ -232,7 +232,7 @@ async def test_a_store_that_is_down_is_a_503(path: str, store: str, published: S
         "milvus": {"milvus_port": free_ports(1)[0]},
         "analytics": {"sqlite_path": "/nowhere/analytics.db"},
     }[store]
-    async with api_of(published.model_copy(update={**change, "store_timeout_s": 1})) as api:
+    async with api_of(published.model_copy(update={**change, "store_timeout_s": 3})) as api:
         response = await api.get(f"/v1{path}")
 
     assert response.status_code == 503
