@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from neo4j import GraphDatabase, RoutingControl
 from pymilvus import MilvusClient
 
-_NEIGHBOURS = 50
+_NEIGHBOURS = 21  # as many as the API asks for, and the user
 _CAMPAIGNS = """
     UNWIND $neighbours AS neighbour
     MATCH (u:User {user_id: neighbour.id})-[g:ENGAGED_WITH]->(c:Campaign)
