@@ -282,6 +282,53 @@ def test_what_a_rule_holds_back_is_told_with_explain_only():
     assert answer(known).excluded is None
 
 
+AUDIENCES = st.fixed_dictionaries(
+    {},
+    optional={
+        "include_users": st.sampled_from([["ann"], ["bob"]]),
+        "exclude_users": st.just(["ann"]),
+        "include_intents": st.sampled_from([["i0"], ["i1", "i2"]]),
+        "exclude_intents": st.sampled_from([["i0"], ["i3"]]),
+    },
+)
+CHANGES = st.fixed_dictionaries(
+    {}, optional={"audience": AUDIENCES, "frequency_cap": st.just({"impressions": 1, "days": 7})}
+)
+EVENTS = st.builds(
+    PastEvent,
+    st.sampled_from([f"c{at}" for at in range(8)]),
+    st.sampled_from(["impression", "click", "conversion", "dismiss"]),
+    st.integers(NOW - 100 * DAY_MS, NOW),
+)
+
+
+@examples(max_examples=60)
+@given(
+    seed=st.integers(0, 50),
+    changes=st.dictionaries(st.sampled_from([f"c{at}" for at in range(6)]), CHANGES),
+    events=st.lists(EVENTS, max_size=5),
+    unwanted=st.frozensets(st.sampled_from(["c0", "c3", "gone"])),
+    category=st.sampled_from([None, "k0", "k1"]),
+)
+def test_an_answer_that_is_not_explained_keeps_the_same_rules(
+    seed: int, changes: dict[str, Any], events: list[PastEvent], unwanted: frozenset[str], category: str | None
+):
+    catalog = catalog_of(some_campaigns(np.random.default_rng(seed), 6), **changes)
+    known = some_known(seed, 6, catalog=catalog)
+    known = replace(known, viewer=replace(known.viewer, events=events))
+    asks = [Ask("ann", 5, category, unwanted, explain) for explain in (False, True)]
+
+    plain, explained = decide([known, known], asks, NOW, configured(exploration_share=0.3))
+
+    told = [
+        [(one.campaign_id, one.score, one.propensity) for one in found.recommendations] for found in (plain, explained)
+    ]
+    assert told[0] == told[1]
+    assert not {one.campaign_id for one in plain.recommendations} & {
+        one.campaign_id for one in explained.excluded or () if one.rule != "max_per_category"
+    }
+
+
 def test_what_does_not_run_yet_moves_nothing():
     """It is ready for its day, but neither shown nor ranked among the others."""
     campaigns = some_campaigns(np.random.default_rng(7), 6)

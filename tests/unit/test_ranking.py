@@ -14,6 +14,7 @@ from personalization.recommend import ranking
 from personalization.recommend.ranking import (
     DEFAULT_FUSION,
     FUSION_DEPTH,
+    FUSIONS,
     NAMED_RANKERS,
     Evidence,
     LearnedRanker,
@@ -113,6 +114,31 @@ def test_ranks_of_what_is_alike_for_all_users_are_those_of_one_user():
 
 
 # --- rank fusion
+
+
+@pytest.mark.parametrize("places", [[0], [1, 2], [0, 1, 2, 3], [3, 1], [2, 2]])
+def test_some_users_of_a_batch_have_their_own_rows(places: list[int]):
+    known = evidence(5, users=4)
+
+    rows = known.rows(places)
+
+    for name, matrix in known.sources.items():
+        assert np.array_equal(rows.sources[name], matrix[places]), name
+        assert np.allclose(rows.ranks[name], known.ranks[name][places]), name
+    for name, matrix in known.context.items():
+        assert np.array_equal(rows.context[name], matrix[places]), name
+
+
+@pytest.mark.parametrize("ranker", [*FUSIONS, "learned"], ids=lambda one: getattr(one, "version", one))
+def test_the_shares_of_some_columns_are_those_of_all(ranker: Any, learned: LearnedRanker):
+    ranker = learned if ranker == "learned" else ranker
+    known, columns = evidence(6), np.asarray([[0, 3], [5, 2], [1, 1]])
+
+    names, whole = ranker.shares(known)
+    same, some = ranker.shares(known, columns)
+
+    assert names == same
+    assert np.allclose(some, np.take_along_axis(whole, columns[:, :, None], axis=1))
 
 
 def test_a_vote_halves_at_the_depth_of_fusion():

@@ -22,7 +22,6 @@ from personalization.recommend.guard import Guard, Observer
 from personalization.recommend.knowledge import ServedKnowledge
 from personalization.recommend.ranking import NAMED_RANKERS, Ranker
 from personalization.recommend.rules import Chosen, arrange, exclusions
-from personalization.recommend.sources import Vector
 from personalization.schemas import Campaign, Exclusion, ExpressedNow, Preview, Recommendation, Recommendations, Source
 from personalization.settings import Settings
 from personalization.stores.analytics import AsyncAnalyticsReader
@@ -41,7 +40,7 @@ NOBODY = "-"
 _CLOSING_S = 5.0
 _REFRESHES = 32
 """Old answers that are made anew at a time: those who wait come first."""
-_BATCH = 16
+_BATCH = 32
 _BATCHES = 2
 """One waits for the stores while the other is ranked."""
 

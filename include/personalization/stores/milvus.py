@@ -317,7 +317,7 @@ class AsyncVectorReader:
         async def search(client: AsyncMilvusClient) -> Any:
             return await client.search(
                 users,
-                data=list(vectors),
+                data=vectors.tolist(),  # which pymilvus packs ten times as fast as arrays
                 limit=limit,
                 output_fields=["id"],  # or Milvus Lite sends every hit's vector
                 search_params={"metric_type": "COSINE", "params": {"ef": max(64, limit)}},

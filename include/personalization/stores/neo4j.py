@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, LiteralString, TypedDict
+from typing import Any, LiteralString, TypedDict, TypeVar, cast
 
 from neo4j import (
     READ_ACCESS,
@@ -85,16 +85,15 @@ _WRITE_USERS: tuple[LiteralString, ...] = (
        DELETE g""",
 )
 
+# What the API reads comes as one record of many rows: the driver spends more on a record than on what is in it.
 _LINKS: LiteralString = """
     UNWIND $user_ids AS user_id
     MATCH (u:User {user_id: user_id})-[e:EXPRESSED]->(i:Intent)
-    RETURN user_id, 'intent' AS kind, i.intent_id AS id, i.name AS name,
-           e.count AS count, e.weight AS weight, e.last_seen AS last_at
+    RETURN collect([user_id, 'intent', i.intent_id, i.name, e.count, e.weight, e.last_seen]) AS rows
     UNION ALL
     UNWIND $user_ids AS user_id
     MATCH (u:User {user_id: user_id})-[g:ENGAGED_WITH]->(c:Campaign)
-    RETURN user_id, 'campaign' AS kind, c.campaign_id AS id, c.name AS name,
-           g.count AS count, g.weight AS weight, g.last_at AS last_at
+    RETURN collect([user_id, 'campaign', c.campaign_id, c.name, g.count, g.weight, g.last_at]) AS rows
 """
 
 # exp and log are known to Neo4j and to ArcadeDB, powers are not written alike.
@@ -104,7 +103,8 @@ _ENGAGED_BY: LiteralString = """
     WHERE c.active_from <= $now AND $now < c.active_until
     WITH neighbour.at AS at, c.campaign_id AS campaign_id, neighbour.similarity AS similarity,
          g.weight * exp((g.last_at - $now) * $fading) AS weight
-    RETURN at, campaign_id, sum(similarity * log(1.0 + weight)) AS score, count(*) AS users
+    WITH at, campaign_id, sum(similarity * log(1.0 + weight)) AS score, count(*) AS users
+    RETURN collect([at, campaign_id, score, users]) AS rows
 """
 
 
@@ -130,6 +130,9 @@ class EngagedRow(TypedDict):
     score: float
     """Sum of similarity times log(1 + weight)."""
     users: int
+
+
+R = TypeVar("R", LinkRow, EngagedRow)
 
 
 @contextmanager
@@ -298,7 +301,7 @@ class AsyncGraphReader:
 
     async def links(self, user_ids: Sequence[str]) -> list[LinkRow]:
         """What the users expressed and engaged with: a row for each edge."""
-        return await self._read(_LINKS, user_ids=list(user_ids))
+        return await self._read(LinkRow, _LINKS, user_ids=list(user_ids))
 
     async def engaged_by(
         self, neighbours: Sequence[Sequence[Neighbour]], now_ms: int, half_life_days: float
@@ -308,17 +311,19 @@ class AsyncGraphReader:
         """
         flat = [{**one, "at": at} for at, near in enumerate(neighbours) for one in near]
         return await self._read(
-            _ENGAGED_BY, neighbours=flat, now=now_ms, fading=math.log(2) / (half_life_days * DAY_MS)
+            EngagedRow, _ENGAGED_BY, neighbours=flat, now=now_ms, fading=math.log(2) / (half_life_days * DAY_MS)
         )
 
-    async def _read(self, query: LiteralString, **parameters: Any) -> list[Any]:
-        """Rows as dictionaries. Auto-commit: one exchange, where a managed transaction takes two."""
+    async def _read(self, row: type[R], query: LiteralString, **parameters: Any) -> list[R]:
+        """All rows, as one exchange: a managed transaction would take two."""
+        names = tuple(row.__annotations__)
         with neo4j_errors():
             async with (
                 asyncio.timeout(self._timeout_s),
                 self.driver.session(database=self._database, default_access_mode=READ_ACCESS) as session,
             ):
-                return await (await session.run(query, parameters)).data()
+                parts = await (await session.run(query, parameters)).values()
+        return [cast("R", dict(zip(names, one, strict=True))) for [rows] in parts for one in rows]
 
 
 def _engaged_row(engagement: Engagement) -> dict[str, Any]:
