@@ -30,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -541,10 +541,10 @@ class Bench:
             return dict(zip(self._warm, callers.map(ask, self._warm), strict=True))
 
     def _forget_answers(self) -> None:
-        """Empty the API's part of Redis but for the serving generation."""
-        for key in list(self._redis.scan_iter(count=1000)):
-            if not key.startswith(b"personalization:"):
-                self._redis.delete(key)
+        """Empty the API's part of Redis but for the serving generation; vectors of messages stay, too."""
+        for pattern in ("answer:*", "touched:*"):
+            while keys := list(islice(self._redis.scan_iter(pattern, 1000), 5000)):
+                self._redis.delete(*keys)
 
     def _degraded(self) -> float:
         text = httpx.get(f"{self._api_url}/metrics", timeout=10, trust_env=False, follow_redirects=True).text
