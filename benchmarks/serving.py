@@ -42,6 +42,7 @@ from matplotlib.figure import Figure
 from personalization.local.config import HOST, StackConfig
 from personalization.local.stack import Stack
 from personalization.pipeline.run import run_pipeline
+from personalization.recommend.knowledge import FORMAT
 from redis import Redis
 
 from benchmarks import generator
@@ -186,8 +187,11 @@ def prepared(folder: Path) -> tuple[Stack, dict[str, Any]]:
     folder = folder.absolute()
     note = folder / "world.json"
     facts = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
-    if facts and datetime.now(UTC) - datetime.fromisoformat(facts["end"]) > timedelta(days=_KEPT_DAYS):
-        facts = None  # too few of its campaigns still run
+    if facts and (
+        datetime.now(UTC) - datetime.fromisoformat(facts["end"]) > timedelta(days=_KEPT_DAYS)
+        or facts.get("format") != FORMAT
+    ):
+        facts = None  # too few of its campaigns still run, or another version published it
     if facts is None:
         shutil.rmtree(folder / "stack", ignore_errors=True)
     ports = dict(zip(("mongodb", "milvus", "neo4j", "redis"), _free_ports(4), strict=True))
@@ -234,6 +238,7 @@ def _load(stack: Stack, folder: Path) -> dict[str, Any]:
     users = sorted(set(world.mechanics.users.ids[world.messages.user].tolist()))
     events = {kind: count for kind, count in world.counts().items() if kind in ("impression", "click", "conversion")}
     return {
+        "format": FORMAT,
         "end": (config.start + timedelta(weeks=config.weeks)).isoformat(),
         "messages": len(world.messages.user),
         "events": sum(events.values()),
