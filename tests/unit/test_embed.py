@@ -141,23 +141,31 @@ def test_many_texts_are_encoded_in_slices_and_batches_on_all_cores(encoder: Enco
     assert (at_once * in_parts).sum(axis=1).min() > 0.9995
 
 
-# What a text is depends on where its positions begin, and on seeing no neighbour: wrong in either, cosines fall apart.
-@pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta"])
-def test_without_padding_a_model_makes_the_vectors_it_makes_with_padding(kind: str, tmp_path: Path, encoder: Encoder):
+def random_model(kind: str, folder: Path) -> Any:
+    """A tiny model of this kind with random weights, as sentence-transformers loads it."""
     import torch
-    from personalization.packed import PackedModel
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Pooling, Transformer
     from transformers import AutoConfig, AutoModel
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
+    if kind == "distilbert":
+        sizes = {"dim": 64, "n_layers": 3, "n_heads": 4, "hidden_dim": 128}
     config = AutoConfig.for_model(kind, vocab_size=30522, initializer_range=0.2, max_position_embeddings=130, **sizes)
-    AutoModel.from_config(config).save_pretrained(tmp_path)
+    AutoModel.from_config(config).save_pretrained(folder)
     for file in Path(model_location(MODEL)).glob("*token*"):
-        shutil.copy(file, tmp_path)
-    transformer = Transformer(str(tmp_path), max_seq_length=128)
-    padded = SentenceTransformer(modules=[transformer, Pooling(64)], device="cpu")
+        shutil.copy(file, folder)
+    transformer = Transformer(str(folder), max_seq_length=128)
+    return SentenceTransformer(modules=[transformer, Pooling(64)], device="cpu")
+
+
+# What a text is depends on where its positions begin, and on seeing no neighbour: wrong in either, cosines fall apart.
+@pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta"])
+def test_without_padding_a_model_makes_the_vectors_it_makes_with_padding(kind: str, tmp_path: Path, encoder: Encoder):
+    from personalization.packed import PackedModel
+
+    padded = random_model(kind, tmp_path)
     assert PackedModel.can_take(padded)
     expected = padded.encode(TEXTS, batch_size=3, show_progress_bar=False)
 
@@ -166,6 +174,16 @@ def test_without_padding_a_model_makes_the_vectors_it_makes_with_padding(kind: s
         packed[places] = vectors
 
     np.testing.assert_allclose(packed, expected, atol=1e-4)
+
+
+def test_models_of_other_kinds_are_encoded_by_sentence_transformers(tmp_path: Path, encoder: Encoder):
+    model = random_model("distilbert", tmp_path / "bare")
+    expected = model.encode(TEXTS, normalize_embeddings=True, show_progress_bar=False)
+    model.save(str(tmp_path / "whole"))
+
+    vectors = Encoder(str(tmp_path / "whole"), DIM).encode(TEXTS)
+
+    assert (vectors[:, :64] * expected).sum(axis=1).min() > 0.99
 
 
 def test_what_means_the_same_is_near_and_what_does_not_is_far(encoder: Encoder):
@@ -201,6 +219,20 @@ def test_a_model_s_version_changes_with_its_weights_and_not_with_its_place(tmp_p
     assert version("same", config="{}", weights="1") == first
     assert version("other", config="{}", weights="2") != first
     assert version("more", config="{}", weights="1", pooling="{}") != first
+
+
+def test_a_model_of_the_hub_has_the_version_of_the_commit_that_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    fetched = tmp_path / "models--somebody--a-model"
+    (fetched / "refs").mkdir(parents=True)
+    versions = []
+    for commit in ("a" * 40, "b" * 40):
+        (fetched / "snapshots" / commit).mkdir(parents=True)
+        (fetched / "refs" / "main").write_text(commit)
+        versions.append(model_version("somebody/a-model"))
+
+    assert None not in versions
+    assert versions[0] != versions[1]
 
 
 def test_a_model_that_is_not_here_has_no_version(tmp_path: Path):
