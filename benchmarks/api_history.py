@@ -1,8 +1,13 @@
 """Simulated traffic of the API, with bursts of slow and of failed answers; and plain rules on it."""
 
+from datetime import datetime
+
 import numpy as np
 from personalization.quality.traffic import WINDOW_MS, Traffic, quantiles
 from personalization.schemas import DAY_MS, LATENCY_BOUNDS_S
+from personalization.stores.analytics import AnalyticsStore
+from personalization.stores.tables import ApiCount, ApiLatency
+from sqlalchemy import insert
 
 START_MS = 1_767_571_200_000 // DAY_MS * DAY_MS
 ROUTES = {
@@ -17,6 +22,8 @@ PLAN = ("latency", None, "errors", None, "latency", None, "errors", None)
 
 _WINDOWS = DAY_MS // WINDOW_MS
 _FEWEST = 20
+_HOUR_MS = 3_600_000
+_RECENT_DAYS = 8
 
 
 def windows(seed: int, days: int, faults: bool) -> list[Traffic]:
@@ -48,6 +55,46 @@ def windows(seed: int, days: int, faults: bool) -> list[Traffic]:
             errors = int(draw.binomial(requests, rate))
             found.append(Traffic(START_MS + at * WINDOW_MS, route, requests, errors, tuple(int(one) for one in counts)))
     return found
+
+
+def fill(store: AnalyticsStore, until: datetime, days: int) -> None:
+    """Write so many days as the DAG `api_health` leaves them: windows of 8 days, before that hours, then days.
+
+    A fifth of the answers is made anew; on the second last day Neo4j is missing for an hour.
+    """
+    until_ms = int(until.timestamp() * 1000) // WINDOW_MS * WINDOW_MS
+    recent = min(days, _RECENT_DAYS)
+    found = [
+        (one.moment_ms - START_MS - recent * DAY_MS + until_ms, WINDOW_MS, one) for one in windows(7, recent, False)
+    ]
+    by_route = {route: [one for *_, one in found if one.route == route and one.requests] for route in ROUTES}
+    for first, last, width in ((recent, 95, _HOUR_MS), (95, days, DAY_MS)):
+        for moment in range((until_ms - last * DAY_MS) // width * width, until_ms - first * DAY_MS, width):
+            of_day = moment // width % _WINDOWS
+            found += [
+                (moment, width, _times(some[of_day * len(some) // _WINDOWS], width // WINDOW_MS))
+                for some in (by_route.values() if moment >= until_ms - days * DAY_MS else ())
+            ]
+    latency, counts = [], []
+    for moment, width, one in found:
+        window = {"moment": moment, "window_ms": width}
+        buckets = {f"bucket_{at:02}": count for at, count in enumerate(one.buckets)}
+        row = {"route": one.route, "requests": one.requests, "errors": one.errors, "seconds": one.requests * 0.01}
+        latency.append({**window, **row, **buckets})
+        if one.route == FAULTY:
+            missed, old = one.requests // 5, one.requests // 50
+            named = {"hit": one.requests - missed - old, "stale": old, "miss": missed}
+            if 24 <= (until_ms - moment) // _HOUR_MS < 25:
+                named["degraded:neo4j"] = missed
+            counts += [{**window, "name": name, "count": count} for name, count in named.items()]
+    with store.engine.begin() as connection:
+        connection.execute(insert(ApiLatency.__table__), latency)
+        connection.execute(insert(ApiCount), counts)
+
+
+def _times(one: Traffic, factor: int) -> Traffic:
+    buckets = tuple(count * factor for count in one.buckets)
+    return Traffic(one.moment_ms, one.route, one.requests * factor, one.errors * factor, buckets)
 
 
 def _bad_windows(draw: np.random.Generator, days: int) -> dict[int, tuple[str, float]]:

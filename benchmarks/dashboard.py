@@ -2,7 +2,8 @@
 
 The database is filled by bulk SQL, as the pipeline would leave it. Each page is opened in headless Chromium, each time
 with an empty browser cache: first by a server that has cached nothing, then by the same one again. A page is there when
-its heading and its first picture or table are drawn and nothing on it is marked as unfinished.
+its heading and its first picture or table are drawn and nothing on it is marked as unfinished, which is later than its
+first paint.
 
     python -m benchmarks dashboard
 """
@@ -19,10 +20,15 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.error import URLError
 from urllib.request import urlopen
 
+from personalization.audit.command import KEPT, record
+from personalization.audit.findings import KINDS, AuditReport, Finding, Sample
+from personalization.evaluation.recording import result_rows
+from personalization.quality.anomalies import to_row
+from personalization.quality.anomaly import Anomaly
 from personalization.schemas import DAY_MS, Campaign, Catalog, Intent
 from personalization.settings import Settings
 from personalization.stores.analytics import AnalyticsStore
@@ -30,8 +36,10 @@ from personalization.stores.tables import PipelineRun
 from playwright.sync_api import Browser, sync_playwright
 from sqlalchemy import insert, text
 
+from benchmarks import api_history
+
 RUNS, ENGAGEMENT, EVENTS, USERS = 10_000, 1_000_000, 1_000_000, 100_000
-CAMPAIGNS = 40
+CAMPAIGNS, ANOMALIES = 40, 5000
 PAGES = {
     "Overview": "",
     "Runs": "runs",
@@ -39,10 +47,15 @@ PAGES = {
     "Runs, the failed": "runs?status=failed",
     "Runs, two side by side": "runs?run=scheduled__00000&with=scheduled__00007&part=Compare",
     "Latency": "latency",
+    "Latency of the API": "latency?of=API",
+    "Latency of the API, 90 days": "latency?of=API&over=90+days",
     "Anomalies": "anomalies",
+    "Anomalies, a year": "anomalies?since=a+year",
+    "Audit": "audit",
     "Engagement": "engagement",
     "Engagement, a year": "engagement?days=365",
     "Explore a user": "explore",
+    "Evaluation": "evaluation",
 }
 TARGET_S = 2.0
 
@@ -53,6 +66,7 @@ _STAGES = (
     *("prepare", "ingest", "ingest_events", "embed_catalog", "embed", "upsert_vectors", "detect_intents"),
     *("build_graph", "roll_up_engagement", "refresh_profiles", "learn", "publish"),
 )
+_POLICIES = ("shipped", "fusion", "learned", "popularity", "popularity_recency", "item_knn", "als", "random")
 _FAILED_EVERY = 97
 _ENGAGEMENT = """
     INSERT INTO user_engagement (
@@ -96,7 +110,7 @@ class Measured(NamedTuple):
 
 
 def fill(path: Path) -> None:
-    """Make the database: a run an hour, each user with ten campaigns, events over a year."""
+    """Make the database: a run an hour, each user with ten campaigns, events and traffic of the API over a year."""
     store = AnalyticsStore.from_settings(Settings(sqlite_path=path, analytics_url=None))
     store.ensure_schema()
     campaigns = [
@@ -107,7 +121,10 @@ def fill(path: Path) -> None:
     ]
     intents = [Intent(id=f"intent_{at}", name=f"Intent {at}", examples=["…"]) for at in range(11)]
     store.sync_catalog(Catalog(intents=intents, campaigns=campaigns))
+    now = datetime.now(UTC)
     _fill_runs(store)
+    _fill_findings(store, now)
+    api_history.fill(store, now, 365)
     known = {"now": int(time.time() * 1000), "campaigns": CAMPAIGNS, "users": USERS}
     known |= {"rows": ENGAGEMENT, "events": EVENTS, "step": 365 * DAY_MS // EVENTS, "day": DAY_MS}
     with store.engine.begin() as connection:
@@ -206,6 +223,50 @@ def _fill_runs(store: AnalyticsStore) -> None:
                 insert(PipelineRun),
                 [row for number in range(first, first + 500) for row in _run(number, now - timedelta(hours=number))],
             )
+
+
+def _fill_findings(store: AnalyticsStore, now: datetime) -> None:
+    """As much as is kept: anomalies, audits, and a year of evaluations."""
+    odd = [
+        Anomaly(
+            severity="error" if at % 10 == 0 else "warning",
+            run_id=f"scheduled__{at * 2:05d}",
+            run_started_at=now - timedelta(hours=at * 2),
+            stage=_STAGES[at % len(_STAGES)],
+            title="Slower than usual",
+            evidence=f"1,{at % 1000:03d} rows took 120.0 s, usually 20.0 s (6.0 ×).",
+            advice="Look at the store that this stage writes.",
+        )
+        for at in range(ANOMALIES)
+    ]
+    store.set_anomalies([to_row(one) for one in odd], [])
+    found = [Finding(kind, 1000, [Sample(f"m-{at}", "maria", "a", "b") for at in range(10)]) for kind in KINDS.values()]
+    for at in range(KEPT):
+        moment = now - timedelta(hours=KEPT - at)
+        compared = {"mongodb": {"messages": 9_000_000}, "milvus": {"vectors": 9_000_000}}
+        drift = at % 50 == 49
+        audited = AuditReport(
+            f"audit {at}", moment, moment, "drift" if drift else "clean", False, compared, 0, found * drift
+        )
+        record(audited, store)
+    for week in range(52):
+        moment = now - timedelta(weeks=51 - week)
+        store.record_evaluation([row | {"created_at": moment} for row in result_rows(f"week {week}", _evaluation())])
+
+
+def _evaluation() -> dict[str, Any]:
+    interval = {"mean": 0.3, "low": 0.28, "high": 0.32}
+    metrics = ("ndcg@10", "recall@5", "recall@10", "mrr", "hit_rate@10", "novelty@10", "coverage@10")
+    segments = {one: {"answers": 400, "ndcg@10": interval} for one in ("cold", "warm")}
+    return {
+        "task": "any",
+        "splits": ["2026-01-01T00:00:00Z"],
+        "horizon_days": 7.0,
+        "users": 400,
+        "answers": 800,
+        "policies": {name: dict.fromkeys(metrics, interval) | {"segments": segments} for name in _POLICIES},
+        "differences": {f"shipped - {name}": {"ndcg@10": interval} for name in _POLICIES[1:]},
+    }
 
 
 def _run(number: int, started_at: datetime) -> list[dict[str, object]]:

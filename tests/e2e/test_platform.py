@@ -68,7 +68,7 @@ class Platform:
         self.airflow_url = f"http://127.0.0.1:{stack.config.airflow_port}"
         self.api_url = f"http://127.0.0.1:{stack.config.api_port}"
         self.dashboard_url = f"http://127.0.0.1:{stack.config.dashboard_port}"
-        token = httpx.get(f"{self.airflow_url}/auth/token").json()["access_token"]
+        token = httpx.get(f"{self.airflow_url}/auth/token", timeout=30).json()["access_token"]
         headers = {"Authorization": f"Bearer {token}"}
         self.airflow = httpx.Client(base_url=f"{self.airflow_url}/api/v2", headers=headers, timeout=30)
 
@@ -142,7 +142,7 @@ def manual_run(platform: Platform) -> str:
 def test_the_embedding_service_is_ready_by_the_time_the_demo_ends(platform: Platform, demo_output: str) -> None:
     url = platform.stack.config.platform_env["EMBEDDING_URL"]
 
-    assert httpx.get(f"{url}/ready").raise_for_status().json()["model"] == PACKAGED_MODEL
+    assert httpx.get(f"{url}/ready", timeout=30).raise_for_status().json()["model"] == PACKAGED_MODEL
 
 
 def test_the_demo_shows_every_task_the_recommendations_and_the_three_addresses(
@@ -213,8 +213,8 @@ def test_openlineage_gets_the_run_with_the_stores_datasets(platform: Platform, d
 
 
 def test_the_api_answers_with_reasons_after_the_run(platform: Platform, demo_output: str) -> None:
-    assert httpx.get(f"{platform.api_url}/health").json() == {"status": "ok"}
-    answer = httpx.get(f"{platform.api_url}/recommendations/maria", params={"top": 5}).json()
+    assert httpx.get(f"{platform.api_url}/health", timeout=30).json() == {"status": "ok"}
+    answer = httpx.get(f"{platform.api_url}/recommendations/maria", params={"top": 5}, timeout=30).json()
     assert answer["recommendations"][0]["campaign_id"] == "weekend_city_breaks"
     assert answer["recommendations"][0]["reasons"]
 

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SAMPLE, SAMPLE_EVENTS, Stores, empty_settings, kill_after, write_rows
+from conftest import SAMPLE, SAMPLE_EVENTS, Stores, empty_settings, environment, kill_after, write_rows
+from dashboard_pages import forget, look_at, metrics, open_page, words
 from personalization import settings as settings_module
 from personalization.__main__ import app
 from personalization.audit.command import KEPT, audit, record
@@ -25,7 +26,7 @@ from personalization.schemas import Event, VectorSpace
 from personalization.settings import Settings
 from personalization.staging import Staging
 from personalization.stores import together
-from personalization.stores.milvus import INTERESTS, MESSAGES, USERS
+from personalization.stores.milvus import INTERESTS, MESSAGES, USERS, VectorStore
 from personalization.stores.mongo import Origin, event_document
 from sqlalchemy import create_engine, text
 from typer.testing import CliRunner
@@ -111,6 +112,15 @@ def world(store_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with together.Stores.of(settings) as own, Places.of(settings) as places:
         yield World(settings, stores, own, places, (messages, events))
     stores.close()
+
+
+@pytest.fixture
+def dashboard(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The pages show these stores."""
+    look_at(environment(world.settings), monkeypatch)
+    yield
+    monkeypatch.undo()
+    forget()
 
 
 def _typed(row: dict[str, str]) -> dict[str, Any]:
@@ -317,15 +327,12 @@ def stale_generation(world: World) -> dict[str, list[str]]:
 
 
 FAULTS: list[Plant] = [
-    no_vector,
     no_message,
-    zero_and_long_vectors,
     vector_of_another_user,
     wrong_intent,
     intent_of_another_user,
     no_intents,
     intents_of_nothing,
-    edge_with_a_wrong_count,
     edge_twice,
     no_engaged_edge,
     user_nobody_knows,
@@ -336,7 +343,6 @@ FAULTS: list[Plant] = [
     wrong_engagement,
     wrong_campaigns,
     half_published,
-    stale_generation,
 ]
 
 
@@ -352,6 +358,97 @@ def test_a_planted_fault_is_found_by_its_ids_and_repaired_without_a_trace(world:
     assert report.status == "repaired"
     assert world.state() == before
     assert world.generation() > generation  # answers of before are not given as fresh
+
+
+@pytest.mark.parametrize(
+    ("plant", "should_be", "is_now"),
+    [
+        (no_vector, "maria at 2026-", "None"),
+        (zero_and_long_vectors, "unit length", "zero"),
+        (edge_with_a_wrong_count, "count ", "count 77"),
+        (stale_generation, " or later", "0"),
+    ],
+    ids=lambda one: getattr(one, "__name__", ""),
+)
+def test_a_planted_fault_is_on_the_dashboard_with_its_evidence_until_a_repair(
+    world: World, dashboard: None, plant: Plant, should_be: str, is_now: str
+) -> None:
+    before, generation = world.state(), world.generation()
+    planted = plant(world)
+    assert found(world.audit()) == planted
+
+    page, overview = open_page("audit"), open_page("overview")
+    left = sum(len(items) for items in planted.values())
+    assert page.error[0].value == f"The stores do not agree: {left} {'case is' if left == 1 else 'cases are'} left."
+    cases = [one.value for one in page.dataframe if "Should be" in one.value]
+    for kind, items in planted.items():
+        assert f"**{KINDS[kind].title}**" in words(page)
+        assert KINDS[kind].advice in words(page)
+        assert KINDS[kind].title in overview.error[0].value
+        [table] = [one for one in cases if list(one["Id"]) == items]
+        if kind == next(iter(planted)):
+            assert should_be in str(table["Should be"][0])
+            assert is_now in str(table["Is"][0])
+
+    assert found(world.audit(repair=True)) == planted
+    forget()
+    mended = open_page("audit")
+    assert not mended.error
+    assert mended.success[0].value == "Mended: the stores agree."
+    assert metrics(mended)["Cases left"] == "0"
+
+    assert world.audit().status == "clean"
+    forget()
+    assert open_page("audit").success[0].value == "The stores agree."
+    overview = open_page("overview")
+    assert not overview.error
+    assert "check_circle: agree]" in words(overview)
+    assert world.state() == before
+    assert world.generation() > generation  # answers of before are not given as fresh
+
+
+def test_a_stage_that_lost_its_rows_in_silence_is_on_the_dashboard_until_a_repair(
+    world: World, dashboard: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = [{"user_id": "silent", "message": f"Book me flight {at}", "timestamp": CLICKED_AT} for at in range(3)]
+    upsert = VectorStore.upsert
+
+    def lose(store: VectorStore, collection: str, rows: Sequence[dict[str, Any]]) -> None:
+        if collection != world.collection(MESSAGES):
+            upsert(store, collection, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VectorStore, "upsert", lose)
+        assert run_pipeline(write_rows(tmp_path / "said.ndjson", said), world.settings)["status"] == "success"
+    evidence = f"3 of {MESSAGES_TAKEN + 3} messages in MongoDB have no vector in Milvus."
+    for page in ("overview", "anomalies"):
+        assert evidence in words(open_page(page))
+    assert found(world.audit()).keys() == {"message_without_vector"}
+
+    assert world.audit(repair=True).status == "repaired"
+
+    assert world.audit().status == "clean"
+    forget()
+    assert evidence not in words(open_page("overview"))
+    erase("silent", world.places)
+
+
+def test_half_of_the_rows_rejected_is_on_the_dashboard_and_no_drift(
+    world: World, dashboard: None, tmp_path: Path
+) -> None:
+    bad = [{"user_id": "maria", "message": "", "timestamp": CLICKED_AT}] * 4
+    good = [{"user_id": "half", "message": f"Book me flight {at}", "timestamp": CLICKED_AT} for at in range(4)]
+    summary = run_pipeline(write_rows(tmp_path / "half.ndjson", [*bad, *good]), world.settings)
+
+    assert summary["status"] == "success"
+    for page in ("overview", "anomalies"):
+        assert "4 of 8 rows (50%)." in words(open_page(page))
+    refused = open_page("runs", run=summary["run_id"], part="Rejected rows")
+    assert "4 rows were refused" in words(refused)
+    assert refused.dataframe[1].value["Rows"].tolist() == [4]
+    assert "message" in refused.dataframe[1].value["Reason"][0]
+    assert world.audit().status == "clean"
+    erase("half", world.places)
 
 
 def test_evidence_says_what_should_be_and_what_is(world: World) -> None:

@@ -13,8 +13,9 @@ import httpx
 import pytest
 import streamlit as st
 import uvicorn
-from conftest import PROJECT, Stores, environment, free_ports
+from conftest import Stores, environment, free_ports
 from dashboard_data import NOW, open_store, run_rows
+from dashboard_pages import forget, look_at, open_page, words
 from personalization.__main__ import app as command
 from personalization.errors import StoreError
 from personalization.keys import new_key
@@ -22,18 +23,16 @@ from personalization.quality.anomalies import load_runs, record_anomalies
 from personalization.quality.scrape import keep, read_api
 from personalization.quality.traffic import WINDOW_MS, counts_over_time, record_bursts, traffic_over_time
 from personalization.schemas import Acknowledgement
-from personalization.settings import Settings, get_settings
+from personalization.settings import Settings
 from personalization.stores.analytics import AnalyticsStore, analytics_store
 from personalization.stores.mongo import AcknowledgementStore
 from pydantic import SecretStr, ValidationError
-from streamlit import config
 from streamlit.testing.v1 import AppTest
 from typer.testing import CliRunner
 
 from services.api.main import create_app
 
 ROUTE = "/v1/recommendations/{user_id}"
-DASHBOARD = PROJECT / "dashboards" / "app.py"
 
 
 @contextmanager
@@ -114,32 +113,13 @@ def odd(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Analyti
         analytics.record_runs(run_rows("half", NOW - timedelta(days=2), ingest=half, publish=published))
         analytics.record_runs(run_rows("broken", NOW - timedelta(hours=1), build_graph=broken))
         record_anomalies(analytics, ["half", "broken"])
-        for name, value in environment(settings).items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setenv("DASHBOARD_AUTH", "off")
-        forget()
+        look_at(environment(settings), monkeypatch)
         yield analytics
     forget()
 
 
-def forget() -> None:
-    get_settings.cache_clear()
-    st.cache_data.clear()
-    st.cache_resource.clear()
-
-
 def page(**query: str) -> AppTest:
-    config.set_option("server.address", "127.0.0.1")  # as the local stack serves it, without a password
-    app = AppTest.from_file(DASHBOARD, default_timeout=60).run()
-    for name, value in query.items():
-        app.query_params[name] = value
-    app.switch_page("views/anomalies.py").run()
-    assert not app.exception
-    return app
-
-
-def words(app: AppTest) -> str:
-    return "\n".join(str(one.value) for one in (*app.markdown, *app.text, *app.caption, *app.warning, *app.info))
+    return open_page("anomalies", **query)
 
 
 def test_planted_faults_are_on_the_page_with_their_evidence_and_the_filters_are_in_the_url(odd: AnalyticsStore):

@@ -1,20 +1,20 @@
 """Every page of the dashboard over stores in every state, without a browser."""
 
+import re
 import sqlite3
 from collections.abc import Iterator
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
-import streamlit as st
 from dashboard_data import NOW, evaluation_rows, open_store, run_rows, seed
-from personalization.settings import get_settings
-from streamlit.testing.v1 import AppTest
+from dashboard_pages import forget, metrics, open_page, words
+from personalization.quality.anomalies import record_anomalies
 
-APP = Path(__file__).parents[2] / "dashboards" / "app.py"
-PAGES = ["overview", "runs", "latency", "anomalies", "engagement", "evaluation", "explore"]
-TITLES = {"explore": "Explore a user"}
+DASHBOARDS = Path(__file__).parents[2] / "dashboards"
+PAGES = ["overview", "runs", "latency", "anomalies", "audit", "engagement", "evaluation", "explore"]
 
 
 @pytest.fixture(scope="module")
@@ -35,31 +35,15 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("STORE_TIMEOUT_S", "0.3")
     _use(tmp_path / "analytics.db", monkeypatch)
     yield tmp_path / "analytics.db"
-    get_settings.cache_clear()
+    forget()
 
 
 def _use(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SQLITE_PATH", str(path))
-    get_settings.cache_clear()
-    st.cache_data.clear()
-    st.cache_resource.clear()
+    forget()
 
 
-def open_page(name: str, /, **query: str) -> AppTest:
-    app = AppTest.from_file(APP, default_timeout=60).run()
-    for key, value in query.items():
-        app.query_params[key] = value
-    app.switch_page(f"views/{name}.py").run()
-    assert not app.exception
-    assert app.title[0].value == TITLES.get(name, name.capitalize())
-    return app
-
-
-def metrics(app: AppTest) -> dict[str, str]:
-    return {metric.label: metric.value for metric in app.metric}
-
-
-@pytest.mark.parametrize("page", [page for page in PAGES if page != "explore"])
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in ("audit", "explore")])
 def test_a_page_over_data_shows_a_chart(page: str, seeded: Path, monkeypatch: pytest.MonkeyPatch):
     _use(seeded, monkeypatch)
 
@@ -304,7 +288,7 @@ def test_engagement_shows_intervals_and_who_comes_back(database: Path):
 
 
 def test_text_that_a_spreadsheet_would_run_is_quoted_in_a_download(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(APP.parent))
+    monkeypatch.syspath_prepend(str(DASHBOARDS))
     download = import_module("components.download")
 
     assert download.as_csv([{"raw": "=1+1", "row": -2}]) == "raw,row\r\n'=1+1,-2\r\n"
@@ -318,6 +302,58 @@ def test_throughput_can_be_shown_in_place_of_seconds(seeded: Path, monkeypatch: 
 
     assert not app.exception
     assert metrics(app)["embed"].endswith("/s")
+
+
+@pytest.mark.parametrize(
+    ("slower", "changes", "stage", "title", "evidence"),
+    [
+        (
+            5,
+            {},
+            "all stages",
+            "The run was slower than usual",
+            r"1,000 messages took \d+ s of work, usually \d+ s \((4|5)\.\d ×\)",
+        ),
+        (
+            1,
+            {"ingest": {"rejected": 500, "rows_out": 500}},
+            "ingest",
+            "Many rejected rows",
+            r"500 of 1,000 rows \(50%\)\.",
+        ),
+        (
+            1,
+            {"build_graph": {"rows_out": 0}},
+            "build_graph",
+            "Wrote nothing",
+            r"1,000 rows in, 0 skipped, 0 rejected, 0 out\.",
+        ),
+    ],
+    ids=["a run 5 x slower", "half the rows rejected", "a silent empty stage"],
+)
+def test_a_planted_fault_of_a_run_is_on_the_dashboard_with_its_evidence(
+    database: Path, slower: int, changes: dict[str, dict[str, Any]], stage: str, title: str, evidence: str
+):
+    store = open_store(database)
+    for day in range(30):
+        started_at = NOW - timedelta(days=30 - day)
+        store.record_runs(run_rows(f"scheduled__{day:02}", started_at, 900 + day * 37 % 200))
+    quiet = record_anomalies(store, ["scheduled__29"])
+    rows = run_rows("scheduled__30", NOW, 1000, **changes)
+    store.record_runs([row | {"seconds": row["seconds"] * slower} for row in rows])
+    record_anomalies(store, ["scheduled__30"])
+
+    page, overview = open_page("anomalies"), open_page("overview")
+
+    assert quiet == []
+    assert metrics(page)["Errors"] == "0"
+    assert metrics(page)["Warnings"] == "1"
+    for shown in (page, overview):
+        said = words(shown)
+        assert f"**{title}** in `{stage}`" in said
+        assert re.search(evidence, said)
+    assert [one.proto.query_string for one in page.get("page_link")] == ["run=scheduled__30"]
+    assert "1 warning" in words(overview)
 
 
 def test_an_anomaly_that_recurs_is_shown_once(database: Path):

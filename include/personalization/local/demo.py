@@ -81,7 +81,7 @@ def run_demo(stack: Stack, input_path: Path, console: Console, *, events_path: P
 
 def _airflow(config: StackConfig) -> httpx.Client:
     address = f"http://{HOST}:{config.airflow_port}"
-    token = httpx.get(f"{address}/auth/token", trust_env=False).raise_for_status().json()["access_token"]
+    token = httpx.get(f"{address}/auth/token", timeout=30, trust_env=False).raise_for_status().json()["access_token"]
     headers = {"Authorization": f"Bearer {token}"}
     return httpx.Client(base_url=f"{address}/api/v2", headers=headers, timeout=30, trust_env=False)
 

@@ -30,7 +30,7 @@ from personalization.local.services import (
 
 EMBEDDING_POOL = "embedding"
 
-_UP_TIMEOUT_S = 180
+_UP_TIMEOUT_S = 300
 _LOG_LINES = 15
 _CONF = "supervisord.conf"
 _SIGNS_OF_CONFIGURATION = (" ;", " #", "%", "${")  # comments and expansions, which cannot be quoted
