@@ -4,10 +4,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from personalization.audit.command import record
+from personalization.audit.findings import KINDS, AuditReport, Finding, Sample
 from personalization.evaluation.recording import result_rows
 from personalization.schemas import OTHER_INTENT, Campaign, Catalog, Intent
 from personalization.settings import Settings
 from personalization.stores.analytics import AnalyticsStore
+
+from benchmarks import api_history
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 
@@ -33,6 +37,8 @@ _INTENTS = {
     "travel": ("travel", "City breaks", "Airport lounge pass"),
     "insurance": ("insurance", "Phone insurance", "Family health cover"),
 }
+_ACTS: tuple[tuple[str, ...], ...] = ((), ("click",), (), ("dismiss",), ("click", "conversion"), (), ())
+_UNSAID = {"position": None, "propensity": None, "policy": None}
 _ENDED = {"Spring car loan", "Airport lounge pass"}
 
 
@@ -159,11 +165,54 @@ def seed(path: Path) -> None:
     store.engine.dispose()
 
 
+def seed_everything(path: Path) -> None:
+    """As `seed`, with events, traffic of the API and audits: no page has an empty part."""
+    seed(path)
+    store = open_store(path)
+    _seed_events(store)
+    api_history.fill(store, NOW, 2)
+    compared = {
+        "mongodb": {"messages": 36_000, "events": 4_800},
+        "milvus": {"vectors": 35_999, "profiles": 633},
+        "neo4j": {"users": 211, "expressed": 640, "engaged": 512},
+        "analytics": {"messages": 36_000, "events": 4_800, "engagement": 905},
+        "redis": {"answers": 118},
+    }
+    message = Sample("m-1207", "customer-042", "customer-042 at 2026-11-20 18:41:36", None)
+    count = Sample("customer-017 → travel", "customer-017", "count 4, last 2026-11-21", "count 77, last 2026-11-21")
+    drift = [
+        Finding(KINDS[kind], 1, [sample])
+        for kind, sample in (("message_without_vector", message), ("expressed_differs", count))
+    ]
+    for number in range(9):
+        began = NOW - timedelta(hours=9 * (9 - number) - 1)
+        found = drift if number == 8 else []
+        status: Any = "drift" if found else "clean"
+        report = AuditReport(f"audit {number}", began, began + timedelta(seconds=94), status, False, compared, 0, found)
+        record(report, store)
+    store.engine.dispose()
+
+
+def _seed_events(store: AnalyticsStore) -> None:
+    names = [_campaign_id(name) for _, *some in _INTENTS.values() for name in some]
+    rows = []
+    for number in range(1600):
+        # What is shown is at times acted upon.
+        kinds = ("impression", *_ACTS[number * number % len(_ACTS)])
+        user, campaign = f"customer-{number * 7 % 211:03d}", names[number * number % 23 % len(names)]
+        moment = int((NOW - timedelta(minutes=27 * number)).timestamp() * 1000)
+        key = {"user_id": user, "campaign_id": campaign, "timestamp": moment, "run_id": "r"}
+        rows += [{**key, **_UNSAID, "event_id": f"{number} {kind}", "event": kind} for kind in kinds]
+    store.set_events(rows)
+    store.roll_up_engagement(sorted({row["user_id"] for row in rows}), half_life_days=30)
+    store.refresh_campaign_totals()
+
+
 def _seed_engagement(store: AnalyticsStore) -> None:
     this_year = NOW.date().replace(month=1, day=1)
     campaigns = [
         Campaign(
-            id=name.lower().translate({ord(mark): "_" for mark in " ,.%-"}),
+            id=_campaign_id(name),
             name=name,
             category=category,
             intents=[intent],
@@ -197,6 +246,10 @@ def _seed_engagement(store: AnalyticsStore) -> None:
     store.replace_message_intents([row["message_id"] for row in rows], rows)
     store.roll_up_engagement(sorted({row["user_id"] for row in rows}), half_life_days=30)
     store.refresh_campaign_totals()
+
+
+def _campaign_id(name: str) -> str:
+    return name.lower().translate({ord(mark): "_" for mark in " ,.%-"})
 
 
 def _details(stage: str, messages: int) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from textwrap import shorten
 from typing import Any, get_args
 
 import plotly.graph_objects as go
-from personalization.quality.anomalies import Anomaly
 from personalization.quality.engagement import CohortWeek, DayOfEvents, share
 from personalization.quality.reports import (
     SHIPPED,
@@ -177,34 +176,6 @@ def throughput_by_stage(timings: Sequence[StageTiming]) -> go.Figure:
     figure.update_layout(yaxis={"title": "rows per second", "type": "log", "dtick": 1})
     _name_runs(figure, runs)
     return _finished(figure, height=360)
-
-
-def anomalies(found: Sequence[Anomaly], runs: Sequence[RunSummary], stages: Sequence[str]) -> go.Figure:
-    """Where and when something was wrong: runs from left to right, stages from top to bottom."""
-    runs = runs[::-1]
-    figure = go.Figure()
-    figure.add_scatter(
-        x=[one.run_id for one in runs for _ in stages],
-        y=[stage for _ in runs for stage in stages],
-        mode="markers",
-        marker={"color": GREY, "size": 4, "opacity": 0.45},
-        hoverinfo="skip",
-        showlegend=False,
-    )
-    for severity, color, symbol in (("error", VERMILION, "x"), ("warning", ORANGE, "triangle-up")):
-        some = [one for one in found if one.severity == severity]
-        figure.add_scatter(
-            x=[one.run_id for one in some],
-            y=[one.stage for one in some],
-            name=severity,
-            mode="markers",
-            marker={"color": color, "size": 13, "symbol": symbol},
-            customdata=[[text.moment(one.run_started_at), one.title] for one in some],
-            hovertemplate="%{customdata[0]}: %{customdata[1]}<extra></extra>",
-        )
-    figure.update_yaxes(categoryorder="array", categoryarray=list(stages), autorange="reversed")
-    _name_runs(figure, {one.run_id: one.started_at for one in runs})
-    return _finished(figure, height=110 + _BAR_HEIGHT * len(stages))
 
 
 def campaigns(shown: Sequence[CampaignEngagement], now: datetime) -> go.Figure:

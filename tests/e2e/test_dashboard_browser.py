@@ -14,9 +14,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from browser import ARTIFACTS, chromium, needs_browser
 from conftest import environment, free_ports
-from dashboard_data import NOW, open_store, seed
-from personalization.audit.command import record
-from personalization.audit.findings import KINDS, AuditReport, Finding, Sample
+from dashboard_data import open_store, seed_everything
 from personalization.settings import Settings
 from playwright.sync_api import Browser, Page, expect
 
@@ -24,7 +22,9 @@ ROOT = Path(__file__).parents[2]
 PAGES = {
     "Overview": "",
     "Runs": "runs",
+    "Runs, compared": "runs?part=Compare",
     "Latency": "latency",
+    "Latency, the API": "latency?of=API",
     "Anomalies": "anomalies",
     "Audit": "audit",
     "Engagement": "engagement",
@@ -68,11 +68,7 @@ def served(folder: Path, **env: str) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def seeded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("dashboard") / "analytics.db"
-    seed(path)
-    store = open_store(path)
-    drift = Finding(KINDS["message_without_vector"], 1, [Sample("m-1", "maria", "a vector", None)])
-    record(AuditReport("audit", NOW, NOW, "drift", False, {"mongodb": {"messages": 1200}}, 0, [drift]), store)
-    store.engine.dispose()
+    seed_everything(path)
     return path
 
 
@@ -94,12 +90,12 @@ def test_each_page_is_readable_accessible_and_without_errors(
     dashboard: str, browser: Browser, scheme: str, size: str
 ) -> None:
     for name, path in PAGES.items():
-        with looking(browser, f"{dashboard}/{path}", name, scheme, size) as page:
+        with looking(browser, f"{dashboard}/{path}", name.split(",")[0], scheme, size) as page:
             if name == "Audit":
                 expect(page.get_by_text("Messages without a vector")).to_be_visible(timeout=PATIENCE_MS)
             elif name != "Explore a user":
                 expect(page.locator(".js-plotly-plot .main-svg").first).to_be_visible(timeout=PATIENCE_MS)
-            page.screenshot(path=ARTIFACTS / f"dashboard-{name.split()[0].lower()}-{scheme}-{size}.png")
+            page.screenshot(path=ARTIFACTS / f"dashboard-{file_name(name)}-{scheme}-{size}.png")
             assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth"), name
             assert violations(page) == [], name
 
@@ -259,6 +255,11 @@ def looking(browser: Browser, url: str, name: str, scheme: str = "light", size: 
     yield page
     assert problems == [], url
     page.close()
+
+
+def file_name(name: str) -> str:
+    """What a page's picture is called."""
+    return name.lower().replace(",", "").replace(" ", "-")
 
 
 def violations(page: Page, known: Collection[str] = frozenset(KNOWN)) -> list[str]:
