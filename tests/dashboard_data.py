@@ -37,7 +37,7 @@ _INTENTS = {
     "travel": ("travel", "City breaks", "Airport lounge pass"),
     "insurance": ("insurance", "Phone insurance", "Family health cover"),
 }
-_ACTS: tuple[tuple[str, ...], ...] = ((), ("click",), (), ("dismiss",), ("click", "conversion"), (), ())
+_ACTS: tuple[tuple[str, ...], ...] = (("click",), ("click",), ("click", "conversion"), ("dismiss",), *[()] * 19)
 _UNSAID = {"position": None, "propensity": None, "policy": None}
 _ENDED = {"Spring car loan", "Airport lounge pass"}
 
@@ -198,7 +198,7 @@ def _seed_events(store: AnalyticsStore) -> None:
     rows = []
     for number in range(1600):
         # What is shown is at times acted upon.
-        kinds = ("impression", *_ACTS[number * number % len(_ACTS)])
+        kinds = ("impression", *_ACTS[(number * 5 + number // 31) % len(_ACTS)])
         user, campaign = f"customer-{number * 7 % 211:03d}", names[number * number % 23 % len(names)]
         moment = int((NOW - timedelta(minutes=27 * number)).timestamp() * 1000)
         key = {"user_id": user, "campaign_id": campaign, "timestamp": moment, "run_id": "r"}

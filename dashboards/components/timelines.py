@@ -12,6 +12,7 @@ from components.charts import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 
 _ROW_HEIGHT = 26
 _MARKED = 200
+_MILLISECONDS = [digit * 10**power for power in range(-1, 5) for digit in (1, 2, 5)]
 _STORES = (ORANGE, PURPLE, SKY, BLUE, GREEN)
 _PATTERNS = ("", "/", ".", "x", "-")
 
@@ -57,7 +58,9 @@ def latency(steps: Sequence[Traffic]) -> go.Figure:
             marker={"symbol": symbol, "size": 6},
             hovertemplate="%{x|%d %b, %H:%M}: %{y:,.1f} ms %{fullData.name}<extra></extra>",
         )
-    figure.update_yaxes(title="milliseconds", type="log", dtick="D2")
+    figure.update_yaxes(
+        title="milliseconds", type="log", tickvals=_MILLISECONDS, ticktext=[f"{one:g}" for one in _MILLISECONDS]
+    )
     return _finished(figure, 320)
 
 
@@ -129,6 +132,12 @@ def degraded(counts: Sequence[Counted]) -> go.Figure:
     figure.update_layout(showlegend=True, barmode="stack")
     figure.update_yaxes(title="answers", rangemode="tozero")
     return _finished(figure, 260)
+
+
+def within(figure: go.Figure, since_ms: int, until: datetime, step_ms: int) -> go.Figure:
+    """The picture over the whole span, each bar as wide as its step: also where there is but one."""
+    figure.update_xaxes(range=[text.local_ms(since_ms), text.local(until)])
+    return figure.update_traces(width=step_ms, offset=0, selector={"type": "bar"})
 
 
 def _moments(steps: Sequence[Traffic] | Sequence[Counted]) -> list[datetime]:

@@ -93,6 +93,7 @@ st.dataframe(
         for what, rows in kinds.items()
     ],
     hide_index=True,
+    height="content",
     column_config={"Read": st.column_config.NumberColumn(format="localized")},
     alt="Rows read, by store",
 )

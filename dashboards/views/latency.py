@@ -7,6 +7,7 @@ import streamlit as st
 from components import charts, store, text, timelines
 from personalization.quality.reports import StageTiming
 from personalization.quality.traffic import Traffic
+from plotly.graph_objects import Figure
 
 PIPELINE, API = "Pipeline", "API"
 SECONDS, THROUGHPUT = "Seconds", "Rows per second"
@@ -95,26 +96,31 @@ def api() -> None:
         st.info(f"Nobody asked the API in the last {name}.", icon=":material/hourglass_empty:")
         return
     counts = store.counts_over_time(engine, since_ms, step_ms)
+    now = datetime.now(UTC)
+
+    def show(figure: Figure, alt: str) -> None:
+        st.plotly_chart(timelines.within(figure, since_ms, now, step_ms), alt=alt)
+
     tiles(steps, {one: sum(each.count for each in counts if each.name == one) for one in ("hit", "stale", "miss")})
 
     st.header("How long answers took")
     st.caption("Percentiles, interpolated within the API's buckets as Prometheus does. The scale is logarithmic.")
-    st.plotly_chart(timelines.latency(steps), alt="Percentiles of the time that the API took to answer")
+    show(timelines.latency(steps), "Percentiles of the time that the API took to answer")
     left, right = st.columns(2, gap="large")
     with left:
         st.header("Requests")
-        st.plotly_chart(timelines.requests(steps, step_ms, datetime.now(UTC)), alt="Requests per second")
+        show(timelines.requests(steps, step_ms, now), "Requests per second")
     with right:
         st.header("Failed requests")
-        st.plotly_chart(timelines.errors(steps), alt="Share of the requests that failed")
+        show(timelines.errors(steps), "Share of the requests that failed")
     with left:
         st.header("Where answers came from")
-        st.plotly_chart(timelines.answers(counts), alt="Answers from the cache and made anew, in percent")
+        show(timelines.answers(counts), "Answers from the cache and made anew, in percent")
     with right:
         st.header("Answers that lacked a store")
         lacking = [one for one in counts if one.name.startswith("degraded:")]
         if lacking:
-            st.plotly_chart(timelines.degraded(lacking), alt="Degraded answers by the store that was missing")
+            show(timelines.degraded(lacking), "Degraded answers by the store that was missing")
         else:
             st.caption("None.")
 

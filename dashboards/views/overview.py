@@ -115,6 +115,7 @@ with columns[3]:
 st.header("What needs attention")
 if left:
     st.error(f"The stores disagree: {'; '.join(left[:SHOWN])}.", icon=":material/sync_problem:")
+    st.page_link(AUDIT_PAGE, label="The evidence, and what to do", icon=":material/arrow_forward:")
 for one in current[:SHOWN]:
     cards.anomaly(one)
 if not current and not left:

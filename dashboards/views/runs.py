@@ -17,7 +17,8 @@ ON_PAGE = 25
 FEW = 8
 REASONS = 50
 REASONS_OVER = 10_000
-STAGES, COMPARE, REFUSED, DETAILS = "Stages", "Compare", "Rejected rows", "Details"
+ATTEMPTS = 500
+STAGES, COMPARE, REFUSED, TRIES, DETAILS = "Stages", "Compare", "Rejected rows", "Attempts", "Details"
 
 engine = store.engine()
 
@@ -106,7 +107,8 @@ def stage_rows(stages: list[StageRun]) -> list[dict[str, object]]:
             "Seconds": one.seconds,
             "Rows/s": one.rows_per_second,
             "Shards": one.shards,
-            "Attempt": one.attempt,
+            "Written": one.bytes_written,
+            "Retries": one.retries,
             "Error": one.error_type,
         }
         for one in stages
@@ -123,15 +125,20 @@ def show_stages(run_id: str, stages: list[StageRun]) -> None:
     st.dataframe(
         [row | {"Status": [row["Status"]]} for row in stage_rows(stages)],
         hide_index=True,
+        height="content",
         placeholder="",
         column_config={
             **dict.fromkeys(["Rows in", "Rows out", "Skipped", "Rejected"], ROWS),
             "Status": STATUS,
             "Seconds": st.column_config.NumberColumn(format="%.2f"),
             "Rows/s": st.column_config.NumberColumn(format="%.0f"),
+            "Written": st.column_config.NumberColumn(format="bytes"),
         },
         alt="The stages of the run",
     )
+    version = next((one.code_version for one in stages if one.code_version), None)
+    model = next((one.model for one in stages if one.model), None)
+    st.caption(f"Code `{version or 'of before versions were kept'}`, model `{model or 'none'}`.")
     download.button("Stages as CSV", f"stages-{run_id}.csv", lambda: stage_rows(stages))
 
 
@@ -169,7 +176,7 @@ def show_comparison(run_id: str, stages: list[StageRun], runs: list[RunSummary])
                 "Stage": one.stage,
                 "Seconds": one.seconds,
                 "Seconds, other": (beside := before.get(one.stage)) and beside.seconds,
-                "Change": one.seconds / beside.seconds - 1 if beside and beside.seconds else None,
+                "Change": 100 * (one.seconds / beside.seconds - 1) if beside and beside.seconds else None,
                 "Rows in": one.rows_in,
                 "Rows in, other": beside and beside.rows_in,
                 "Rejected": one.rejected,
@@ -180,12 +187,13 @@ def show_comparison(run_id: str, stages: list[StageRun], runs: list[RunSummary])
             for one in stages
         ],
         hide_index=True,
+        height="content",
         placeholder="",
         column_config={
             **dict.fromkeys(["Rows in", "Rows in, other", "Rejected", "Rejected, other"], ROWS),
             **dict.fromkeys(["Seconds", "Seconds, other"], st.column_config.NumberColumn(format="%.2f")),
             **dict.fromkeys(["Rows/s", "Rows/s, other"], st.column_config.NumberColumn(format="%.0f")),
-            "Change": st.column_config.NumberColumn(format="percent", help="Of the seconds, to the other run"),
+            "Change": st.column_config.NumberColumn(format="%+.0f %%", help="Of the seconds, to the other run"),
         },
         alt="Both runs, stage by stage",
     )
@@ -247,6 +255,46 @@ def show_refused(run_id: str, stages: list[StageRun]) -> None:
         st.error(f"The rejected rows cannot be read now: {error}", icon=":material/cloud_off:")
 
 
+def show_attempts(run_id: str) -> None:
+    """Every attempt of every task, what failed first."""
+    attempts = store.attempts_of_run(engine, run_id, ATTEMPTS)
+    if not attempts:
+        st.info("No attempt of this run was kept.", icon=":material/history:")
+        return
+    failed = sum(one.status == "failed" for one in attempts)
+    shown = f"the first {ATTEMPTS} of them" if len(attempts) == ATTEMPTS else f"{len(attempts)} in all"
+    st.caption(f"{failed} failed; {shown}. A task that was retried has a row for each time.")
+    st.dataframe(
+        [
+            {
+                "Began": one.started_at and text.local(one.started_at),
+                "Stage": one.stage,
+                "Shard": one.shard,
+                "Attempt": one.attempt,
+                "Status": [one.status],
+                "Error": one.error and f"{one.error_type}: {one.error}",
+                "Rows in": one.rows_in,
+                "Rows out": one.rows_out,
+                "Skipped": one.skipped,
+                "Rejected": one.rejected,
+                "Written": one.bytes_written,
+                "Seconds": one.seconds,
+            }
+            for one in attempts
+        ],
+        hide_index=True,
+        placeholder="",
+        column_config={
+            **dict.fromkeys(["Rows in", "Rows out", "Skipped", "Rejected"], ROWS),
+            "Began": st.column_config.DatetimeColumn(format="D MMM, HH:mm:ss"),
+            "Status": STATUS,
+            "Written": st.column_config.NumberColumn(format="bytes"),
+            "Seconds": st.column_config.NumberColumn(format="%.2f"),
+        },
+        alt="The attempts of the run's tasks",
+    )
+
+
 runs = history(wanted_runs())
 newest = store.latest_runs(engine, ON_PAGE)
 run_id = st.query_params.get("run") or (runs or newest)[0].run_id
@@ -257,7 +305,7 @@ if not stages:
     st.stop()
 
 st.code(run_id, language=None)
-parts = st.tabs([STAGES, COMPARE, REFUSED, DETAILS], key="part", bind="query-params")
+parts = st.tabs([STAGES, COMPARE, REFUSED, TRIES, DETAILS], key="part", bind="query-params")
 if parts[0].open:
     with parts[0]:
         show_stages(run_id, stages)
@@ -269,4 +317,7 @@ if parts[2].open:
         show_refused(run_id, stages)
 if parts[3].open:
     with parts[3]:
+        show_attempts(run_id)
+if parts[4].open:
+    with parts[4]:
         st.json({one.stage: one.details for one in stages if one.details})

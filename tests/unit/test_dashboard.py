@@ -12,6 +12,8 @@ import pytest
 from dashboard_data import NOW, evaluation_rows, open_store, run_rows, seed
 from dashboard_pages import forget, metrics, open_page, words
 from personalization.quality.anomalies import record_anomalies
+from personalization.stores.tables import StageAttempt
+from sqlalchemy import insert
 
 DASHBOARDS = Path(__file__).parents[2] / "dashboards"
 PAGES = ["overview", "runs", "latency", "anomalies", "audit", "engagement", "evaluation", "explore"]
@@ -218,6 +220,24 @@ def test_two_runs_are_compared_stage_by_stage_under_one_address(database: Path):
     table = app.dataframe[1].value.set_index("Stage")
     assert table.loc["embed", ["Rows in", "Rows in, other"]].tolist() == [1000, 500]
     assert table.loc["embed", "Change"] > 0
+
+
+def test_every_attempt_of_a_run_is_shown_with_what_failed_first(database: Path):
+    store = open_store(database)
+    store.record_runs(run_rows("run"))
+    figures = {"rows_in": 5, "rows_out": 5, "rejected": 0, "skipped": 0, "bytes_written": 20480, "seconds": 1.0}
+    whole = {"run_id": "run", "stage": "embed", "shard": 0, "started_at": NOW, "finished_at": NOW, **figures}
+    told = {"error_type": "StoreError", "error": "milvus: does not answer", "model": "m", "code_version": "1.0+abc"}
+    with store.engine.begin() as connection:
+        for attempt, status in ((1, "failed"), (2, "success")):
+            connection.execute(insert(StageAttempt).values(**whole, **told, attempt=attempt, status=status))
+
+    app = open_page("runs", part="Attempts")
+
+    table = app.dataframe[1].value
+    assert table["Attempt"].tolist() == [1, 2]
+    assert table["Error"][0] == "StoreError: milvus: does not answer"
+    assert any(one.value.startswith("1 failed; 2 in all") for one in app.caption)
 
 
 def test_runs_are_shown_by_pages_and_by_how_they_ended(database: Path):

@@ -9,7 +9,7 @@ from sqlalchemy import BigInteger, ColumnElement, Engine, Executable, Subquery, 
 from sqlalchemy.orm import aliased
 
 from personalization.stores.analytics import analytics_errors
-from personalization.stores.tables import CampaignRecord, EvaluationResult, PipelineRun, UserEngagement
+from personalization.stores.tables import CampaignRecord, EvaluationResult, PipelineRun, StageAttempt, UserEngagement
 
 SHIPPED = "shipped"
 """The policy that the API answers with."""
@@ -72,6 +72,25 @@ class StageRun:
     def rows_per_second(self) -> float | None:
         """Rows read per second of work."""
         return self.rows_in / self.seconds if self.seconds else None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt of one task of a run."""
+
+    stage: str
+    shard: int
+    attempt: int
+    status: Literal["success", "failed"]
+    rows_in: int
+    rows_out: int
+    rejected: int
+    skipped: int
+    bytes_written: int
+    started_at: datetime | None
+    seconds: float
+    error_type: str | None
+    error: str | None
 
 
 @dataclass(frozen=True)
@@ -323,6 +342,21 @@ def stages_of_run(engine: Engine, run_id: str) -> list[StageRun]:
     """The stages of a run, in order."""
     query = select(PipelineRun.__table__).where(PipelineRun.run_id == run_id).order_by(PipelineRun.position)
     return [StageRun(**row) for row in _rows(engine, query)]
+
+
+def attempts_of_run(engine: Engine, run_id: str, limit: int) -> list[Attempt]:
+    """The attempts of the run's tasks: those that failed first, then as they began."""
+    columns = [getattr(StageAttempt, field.name) for field in fields(Attempt)]
+    query = (
+        select(*columns)
+        .where(StageAttempt.run_id == run_id)
+        .order_by(StageAttempt.status, StageAttempt.started_at, StageAttempt.stage, StageAttempt.shard)
+        .limit(limit)
+    )
+    with analytics_errors(), engine.connect() as connection:
+        if not inspect(connection).has_table(StageAttempt.__tablename__):
+            return []
+    return [Attempt(**row) for row in _rows(engine, query)]
 
 
 def stage_timings(engine: Engine, limit: int) -> list[StageTiming]:
