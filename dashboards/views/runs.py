@@ -136,9 +136,9 @@ def show_stages(run_id: str, stages: list[StageRun]) -> None:
         },
         alt="The stages of the run",
     )
-    version = next((one.code_version for one in stages if one.code_version), None)
-    model = next((one.model for one in stages if one.model), None)
-    st.caption(f"Code `{version or 'of before versions were kept'}`, model `{model or 'none'}`.")
+    for name in ("code_version", "model"):
+        if known := sorted({value for one in stages if (value := getattr(one, name))}):
+            st.caption(f"{name.replace('_', ' ').capitalize()}: `{'`, `'.join(known)}`")
     download.button("Stages as CSV", f"stages-{run_id}.csv", lambda: stage_rows(stages))
 
 

@@ -27,11 +27,13 @@ def test_the_readme_tells_the_true_default(name: str) -> None:
         assert f"`{text.removesuffix('.0')}`" in line
 
 
-@pytest.mark.parametrize("document", ["README.md", "architecture.md", "scaling_plan.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "architecture.md", "scaling_plan.md", "CONTRIBUTING.md", "docs/dashboard.md"]
+)
 def test_links_and_pictures_lead_somewhere(document: str) -> None:
     content = (PROJECT / document).read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", content):
-        assert (PROJECT / target).exists(), target
+        assert (PROJECT / document).parent.joinpath(target).exists(), target
 
 
 def test_the_readme_names_every_make_target() -> None:
