@@ -240,7 +240,7 @@ def events_by_day(events: Sequence[DayOfEvents], first: date, last: date) -> go.
 
 def funnel(shown: Sequence[CampaignEngagement]) -> go.Figure:
     """Of the users who saw each campaign those who clicked, and of these those who converted, with intervals."""
-    figure = _beside("Clicked, of those who saw it", "Converted, of those who clicked")
+    figure = _beside("Clicked", "Converted")
     for column, color, symbol, steps in (
         (1, BLUE, "circle", [(one.clicked_by, one.shown_to) for one in shown]),
         (2, GREEN, "diamond", [(one.converted_by, one.clicked_by) for one in shown]),
