@@ -50,7 +50,7 @@ async def test_an_erased_person_is_a_stranger_from_the_next_answer_on(published:
         assert {one["store"]: one["remaining"] for one in receipt["stores"]} == dict.fromkeys(
             ("mongodb", "milvus", "neo4j", "analytics", "redis", "staging"), 0
         )
-        assert receipt["stores"][4]["removed"] == {"answers": 2}
+        assert receipt["stores"][4]["removed"] == {"answers": 2, "vectors": 12}
         assert (await api.get("/v1/recommendations/maria", params={"top": 3})).json()["strategy"] == "popular"
         assert (await api.get("/v1/recommendations/u-1098")).json()["strategy"] == "personalized"
         again = (await api.delete("/v1/users/maria")).json()

@@ -86,7 +86,6 @@ async def sides(published: Settings) -> AsyncIterator[Sides]:
         catalog=catalog,
         space=VectorSpace(published.embedding_model, published.embedding_dim),
         staging=Staging(published.staging_uri, "parity"),
-        settings=published,
     )
     analytics, vectors = AnalyticsStore.from_settings(published), VectorStore.from_settings(published)
     history = load_history(
