@@ -6,14 +6,13 @@ from pathlib import Path
 
 from benchmarks import anomalies, audit, dashboard, encoder, ingest, intents, migration, recommendation, serving
 
-MESSAGES = 10_000
 RESULTS = Path(__file__).parent / "results"
 BENCHMARKS: dict[str, tuple[Path, Callable[[], None]]] = {
     "dashboard": (RESULTS, lambda: dashboard.main(RESULTS)),
     "anomalies": (anomalies.DATA, lambda: anomalies.main(RESULTS)),
     "audit": (audit.DATA, lambda: audit.main(RESULTS)),
     "encoder": (encoder.DATA, lambda: encoder.main(RESULTS)),
-    "ingest": (ingest.DATA, lambda: ingest.main(MESSAGES, RESULTS)),
+    "ingest": (ingest.DATA, lambda: ingest.main(RESULTS)),
     "intents": (intents.DATA, lambda: intents.main(RESULTS)),
     "migration": (audit.DATA, lambda: migration.main(RESULTS)),
     "recommendation": (recommendation.REDIAL, lambda: recommendation.main(RESULTS)),

@@ -194,7 +194,7 @@ def prepared(folder: Path) -> tuple[Stack, dict[str, Any]]:
         facts = None  # too few of its campaigns still run, or another version published it
     if facts is None:
         shutil.rmtree(folder / "stack", ignore_errors=True)
-    ports = dict(zip(("mongodb", "milvus", "neo4j", "redis"), _free_ports(4), strict=True))
+    ports = dict(zip(("mongodb", "milvus", "neo4j", "redis"), free_ports(4), strict=True))
     stack = Stack(
         StackConfig(local_stack_dir=folder / "stack", **{f"{name}_port": port for name, port in ports.items()}),  # type: ignore[arg-type]
         only_stores=True,
@@ -287,7 +287,7 @@ def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path, timeout_s: 
         time.sleep(0.2)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     try:
         for one in sockets:
@@ -323,7 +323,7 @@ class Bench:
         self._warm, self._cold = users[:_WARM_USERS], users[_WARM_USERS:]
 
         env = config.platform_env | {"API_AUTH": "off", "CACHE_TTL_S": "7200", "RATE_LIMIT": "1000000/second"}
-        api, stored, feature_server, synchronous = _free_ports(4)
+        api, stored, feature_server, synchronous = free_ports(4)
 
         def serve(command: Sequence[str | Path], port: int, path: str) -> psutil.Process:
             log = scratch / f"{port}.log"
