@@ -19,9 +19,10 @@ is in the connections `personalization_mail` and `personalization_webhook`.
 """
 
 from datetime import datetime, timedelta
+from typing import Any
 
 from airflow.providers.standard.operators.empty import EmptyOperator
-from airflow.sdk import Param, TriggerRule, dag, task
+from airflow.sdk import Param, TriggerRule, dag, task, task_group
 from airflow.sdk.definitions.callback import SyncCallback
 from airflow.sdk.definitions.deadline import DeadlineAlert, DeadlineReference
 from personalization_airflow import assets, notifications, tasks
@@ -85,6 +86,12 @@ PARAMS = {
 }
 
 
+def shard_vectors(shard: Any) -> Any:
+    """The vectors of one shard of messages: made, and written to Milvus."""
+    embedded = task(tasks.embed, **EMBEDDING, **MAPPED)(shard)
+    return embedded, task(tasks.upsert_vectors, **MAPPED)(embedded)
+
+
 @dag(
     schedule="@daily",
     start_date=datetime(2026, 1, 1),
@@ -107,14 +114,15 @@ def personalization_pipeline() -> None:
     events = task(tasks.ingest_events, **WHOLE_FILES, **EVENTS_OUT)(*named)
     utterances = task(tasks.embed_catalog, **EMBEDDING)()
 
-    embedded = task(tasks.embed, **EMBEDDING, **MAPPED).expand(shard=shards)
-    upserted = task(tasks.upsert_vectors, **MAPPED).expand(shard=embedded)
+    # A shard is written while the next one is embedded.
+    in_groups: Any = task_group(prefix_group_id=False)(shard_vectors).expand(shard=shards)
+    embedded, upserted = in_groups
     mirrored = task(tasks.mirror_vectors, **EMBEDDING)(shards)
     user_pages = task(tasks.detect_intents, **EVEN_IF_NOTHING_NEW, **BOTH_IN)(embedded, utterances)
     graph = task(tasks.build_graph, **MAPPED).expand(user_page=user_pages)
     engagement = task(tasks.roll_up_engagement)(user_pages)
-    profiles = task(tasks.refresh_profiles, **EVEN_IF_NOTHING_NEW)()
-    learned = task(tasks.learn, **EVEN_IF_NOTHING_NEW)(user_pages)
+    profiles = task(tasks.refresh_profiles, **EVEN_IF_NOTHING_NEW)(embedded)
+    learned = task(tasks.learn, **EVEN_IF_NOTHING_NEW)(user_pages, embedded)
     published = task(tasks.publish, **EVEN_IF_NOTHING_NEW, **SERVING_OUT)(user_pages, learned)
     lineage = task(tasks.record_lineage)().as_teardown(on_failure_fail_dagrun=True)
 

@@ -192,7 +192,7 @@ def roll_up_engagement(user_pages: list[Ref]) -> None:
         engagement.roll_up_engagement(s.report, user_pages, analytics=analytics, settings=s.settings)
 
 
-def refresh_profiles() -> None:
+def refresh_profiles(embedded: Sequence[Ref] | None) -> None:
     """Set the users' vectors from those of their messages."""
     from personalization.pipeline import vectors
     from personalization.stores.analytics import analytics_store
@@ -207,11 +207,17 @@ def refresh_profiles() -> None:
         vector_store() as store,
     ):
         vectors.refresh_profiles(
-            s.report, space=s.space, mongo=mongo, analytics=analytics, vectors=store, settings=s.settings
+            s.report,
+            list(embedded or []),  # None where nothing was mapped
+            space=s.space,
+            mongo=mongo,
+            analytics=analytics,
+            vectors=store,
+            settings=s.settings,
         )
 
 
-def learn(user_pages: list[Ref]) -> bool:
+def learn(user_pages: list[Ref], embedded: Sequence[Ref] | None = None) -> bool:
     """Draw what is known of the campaigns, and fit the ranker."""
     from personalization.pipeline import learn
     from personalization.stores.analytics import analytics_store
@@ -223,6 +229,7 @@ def learn(user_pages: list[Ref]) -> bool:
         return learn.learn(
             s.report,
             user_pages,
+            list(embedded or []),
             catalog=s.catalog,
             space=s.space,
             analytics=analytics,

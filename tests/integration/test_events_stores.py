@@ -344,7 +344,7 @@ def test_a_task_that_breaks_off_between_two_batches_is_healed(
         assert (report.rows_in, report.rows_out, report.details["waiting"]) == (1200, 1200, waiting)
     assert stores.sql("SELECT count(*), count(DISTINCT user_id), min(run_id) FROM events") == [(1200, 1101, "later")]
     assert stores.mongo.events.distinct("run_id") == ["later"]
-    mongo.publish_run("later", settings.embedding_model)
+    mongo.publish_run("later", settings.embedding_model, 0)
     assert take(settings, mongo, "after", [path]).rows_out == 0
 
 
@@ -381,7 +381,7 @@ def test_files_of_the_inbox_are_taken_once_and_a_bad_one_does_not_hold_up_the_ot
     assert (report.rows_out, report.rejected) == (3, 1)
     assert stores.mongo.quarantine.find_one({"row": 0, "kind": "event"}) is not None
     assert len(waiting()) == 2  # until the run is published
-    mongo.publish_run("run", settings.embedding_model)
+    mongo.publish_run("run", settings.embedding_model, 0)
     assert waiting() == []
     of_messages = select_files("message", "", by_hand=False, inbox_uri=str(inbox), mongo=mongo)
     assert [path.name for path in of_messages] == ["messages.ndjson"]

@@ -54,6 +54,44 @@ def test_the_same_file_again_changes_nothing_and_says_so(settings: Settings, sto
     assert stage(again, "publish")["details"]["nothing_new"] is True
 
 
+def test_a_file_taken_before_is_known_by_its_digest_as_long_as_nothing_became_of_it(
+    settings: Settings, stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [row(f"Which film should I watch, number {number}?", message_id=f"m{number}") for number in range(20)]
+    old = write_rows(tmp_path / "old.ndjson", [*rows, row(message=" "), "{"])
+    new = write_rows(tmp_path / "new.ndjson", [row("I want to book a hotel in Rome", message_id="m7")])
+    looked_up: list[int] = []
+    stored = MongoStore.stored
+    monkeypatch.setattr(MongoStore, "stored", lambda s, kind, ids: looked_up.append(len(ids)) or stored(s, kind, ids))
+
+    def taken(path: Path) -> dict[str, Any]:
+        looked_up.clear()
+        summary = run_pipeline(path, settings)
+        assert summary["status"] == "success", summary
+        assert stores.mongo.quarantine.count_documents({"run_id": summary["run_id"]}) == (2 if path == old else 0)
+        found = stage(summary, "ingest")
+        assert found["rows_in"] == (22 if path == old else 1)
+        return {name: found["details"][name] for name in ("new", "changed", "unchanged")}
+
+    def text() -> str:
+        return str(stores.mongo.conversations.find_one({"_id": "m7"})["message"])  # type: ignore[index]
+
+    assert taken(old) == {"new": 20, "changed": 0, "unchanged": 0}
+    assert taken(old) == {"new": 0, "changed": 0, "unchanged": 20}
+    assert sum(looked_up) == 0  # the two that were refused have no id
+    # An edit since: the old file is the newest word again.
+    taken(new)
+    assert taken(old) == {"new": 0, "changed": 1, "unchanged": 19}
+    assert text() == rows[7]["message"]
+    assert sum(looked_up) == 20
+    assert taken(old)["unchanged"] == 20
+    assert sum(looked_up) == 0
+    # Lost since: it comes back.
+    stores.mongo.conversations.delete_one({"_id": "m7"})
+    assert taken(old) == {"new": 1, "changed": 0, "unchanged": 19}
+    assert text() == rows[7]["message"]
+
+
 def test_broken_rows_are_quarantined_with_reason_and_place_and_the_rest_goes_on(
     settings: Settings, stores: Stores, tmp_path: Path
 ) -> None:
@@ -253,7 +291,6 @@ def ingest_as(settings: Settings, run_id: str, attempt: int, paths: list[Path]) 
             report,
             files=[UPath(path) for path in paths],
             skip_bad_files=True,
-            model=settings.embedding_model,
             mongo=mongo,
             staging=Staging(settings.staging_uri, run_id),
             settings=settings,

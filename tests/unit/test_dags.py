@@ -294,6 +294,10 @@ def test_the_conf_of_a_migration_is_checked(reembed: Any, name: str, value: Any,
 # --- the pipeline
 
 
+def is_mapped(task: Any) -> bool:
+    return bool(task.is_mapped or task.get_closest_mapped_task_group())
+
+
 def test_the_pipeline_s_tasks_follow_each_other_as_their_data_and_effects_demand(pipeline: Any):
     follow = {task.task_id: sorted(task.downstream_task_ids - {"record_lineage"}) for task in pipeline.tasks}
     assert follow == {
@@ -301,7 +305,7 @@ def test_the_pipeline_s_tasks_follow_each_other_as_their_data_and_effects_demand
         "ingest": ["embed", "mirror_vectors"],
         "ingest_events": ["detect_intents"],
         "embed_catalog": ["detect_intents"],
-        "embed": ["detect_intents", "upsert_vectors"],
+        "embed": ["detect_intents", "learn", "refresh_profiles", "upsert_vectors"],
         "upsert_vectors": ["learn", "refresh_profiles"],
         "mirror_vectors": ["refresh_profiles"],
         "detect_intents": ["build_graph", "learn", "publish", "refresh_profiles", "roll_up_engagement"],
@@ -346,11 +350,18 @@ def test_tasks_that_load_the_model_wait_for_the_embedding_pool_and_may_take_long
 
 
 def test_shards_and_pages_are_mapped_and_few_run_at_once(pipeline: Any):
-    mapped = {task.task_id: task for task in pipeline.tasks if task.is_mapped}
+    mapped = {task.task_id: task for task in pipeline.tasks if is_mapped(task)}
 
     assert set(mapped) == {"embed", "upsert_vectors", "build_graph"}
     for task in mapped.values():
-        assert task.partial_kwargs["max_active_tis_per_dagrun"] == 4
+        assert task.max_active_tis_per_dagrun == 4
+
+
+def test_a_shard_is_written_as_soon_as_it_is_embedded(pipeline: Any):
+    """In one mapped group, whose tasks wait for those of the same shard alone."""
+    groups = {one: pipeline.get_task(one).get_closest_mapped_task_group() for one in ("embed", "upsert_vectors")}
+
+    assert groups["embed"] is groups["upsert_vectors"] is not None
 
 
 def test_a_run_with_nothing_new_goes_through_to_its_end(pipeline: Any):
@@ -358,8 +369,8 @@ def test_a_run_with_nothing_new_goes_through_to_its_end(pipeline: Any):
     rules = {task.task_id: task.trigger_rule.value for task in pipeline.tasks}
 
     for task in pipeline.tasks:
-        upstream_is_mapped = any(pipeline.get_task(one).is_mapped for one in task.upstream_task_ids)
-        if upstream_is_mapped and not task.is_mapped and not task.is_teardown:
+        upstream_is_mapped = any(is_mapped(pipeline.get_task(one)) for one in task.upstream_task_ids)
+        if upstream_is_mapped and not is_mapped(task) and not task.is_teardown:
             assert rules[task.task_id] == "none_failed", task.task_id
     tolerant = {task_id for task_id, rule in rules.items() if rule == "none_failed"}
     assert tolerant == {"detect_intents", "refresh_profiles", "learn", "publish"}

@@ -2,9 +2,9 @@
 
 from array import array
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import structlog
@@ -22,11 +22,19 @@ from personalization.recommend.sources import Matrix, Whole
 from personalization.schemas import OTHER_INTENT, Catalog, VectorSpace
 from personalization.settings import Settings
 from personalization.stores.analytics import AnalyticsStore
-from personalization.stores.milvus import MESSAGES, VectorStore
+from personalization.stores.milvus import MESSAGES
 
 _ALWAYS = (0, 2**62)
 
 log = structlog.get_logger(__name__)
+
+
+class VectorSource(Protocol):
+    """Where the vectors of messages are read, such as a `VectorStore`."""
+
+    def vectors(self, collection: str, ids: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
+        """Yield `{id, embedding}` rows of the ids that are stored."""
+        ...
 
 
 class _Said(NamedTuple):
@@ -38,7 +46,7 @@ class _Said(NamedTuple):
 def load_history(
     *,
     analytics: AnalyticsStore,
-    vectors: VectorStore,
+    vectors: VectorSource,
     space: VectorSpace,
     catalog: Catalog,
     campaign_vectors: Matrix,
@@ -115,7 +123,7 @@ def _read_events(
                 yield users.setdefault(user_id, len(users)), places[campaign_id], kind, at
 
 
-def _read_vectors(vectors: VectorStore, collection: str, said: list[_Said], width: int) -> Messages:
+def _read_vectors(vectors: VectorSource, collection: str, said: list[_Said], width: int) -> Messages:
     """The messages that have a vector, by time."""
     place = {one.message_id: at for at, one in enumerate(said)}
     matrix = np.empty((len(said), width), dtype=np.float32)

@@ -1,16 +1,18 @@
 """Learn: what is known of the campaigns, and the ranker, from all that the stores hold."""
 
 import time
+from collections.abc import Sequence
 
 import structlog
 
 from personalization.catalog.loading import catalog_version
 from personalization.learning.history import take_snapshot
-from personalization.learning.loading import load_history
+from personalization.learning.loading import VectorSource, load_history
 from personalization.learning.training import choose_ranker, past_examples
 from personalization.pipeline.embed import campaign_vectors_of, embed_campaigns, embed_utterances
 from personalization.pipeline.intents import fitted_classifier
 from personalization.pipeline.lineage import StageReport
+from personalization.pipeline.run_vectors import run_vectors
 from personalization.recommend.knowledge import ServedKnowledge, is_current
 from personalization.recommend.ranking import LearnedRanker
 from personalization.schemas import DAY_MS, Catalog, Ref, VectorSpace
@@ -33,6 +35,7 @@ log = structlog.get_logger(__name__)
 def learn(
     report: StageReport,
     user_pages: list[Ref],
+    embedded: Sequence[Ref] = (),
     *,
     catalog: Catalog,
     space: VectorSpace,
@@ -41,19 +44,20 @@ def learn(
     staging: Staging,
     settings: Settings,
 ) -> bool:
-    """Stage what `publish` is to serve; False where what is served is still good."""
+    """Stage what `publish` is to serve; False where what is served is still good. `embedded` are the run's shards."""
     if not user_pages and _is_still_good(analytics, catalog, time.time_ns() // 1_000_000):
         report.details = {"nothing_new": True}
         return False
-    learn_anew(
-        report,
-        catalog=catalog,
-        space=space,
-        analytics=analytics,
-        vectors=vectors,
-        staging=staging,
-        settings=settings,
-    )
+    with run_vectors(vectors, space, embedded) as at_hand:
+        learn_anew(
+            report,
+            catalog=catalog,
+            space=space,
+            analytics=analytics,
+            vectors=at_hand,
+            staging=staging,
+            settings=settings,
+        )
     return True
 
 
@@ -63,7 +67,7 @@ def learn_anew(
     catalog: Catalog,
     space: VectorSpace,
     analytics: AnalyticsStore,
-    vectors: VectorStore,
+    vectors: VectorSource,
     staging: Staging,
     settings: Settings,
 ) -> None:

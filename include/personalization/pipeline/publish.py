@@ -45,13 +45,13 @@ def publish(
     graph.drop_what_left_the_catalog(catalog)
     changed_users = sum(page["rows"] for page in user_pages)
     report.rows_in = report.rows_out = changed_users
+    # Counting reads whole collections on some servers: where nothing is new, the last counts are good.
+    totals = analytics.latest_totals() if not user_pages else {}
+    messages = mongo.count_messages()
     report.details = {
         "nothing_new": not user_pages,
-        "messages": mongo.count_messages(),
-        "events": mongo.count_events(),
-        "vectors": vectors.count(space.collection(MESSAGES)),
-        **graph.totals(),
-        "users_without_intent": analytics.count_users_without_intent(),
+        **(totals or _count(space, mongo, vectors, graph, analytics)),
+        "messages": messages,
     }
     if learned:
         content = _learned(staging)
@@ -64,9 +64,21 @@ def publish(
         analytics.announce_served()
     # Last, so that whatever fails above leaves the work to be taken up again.
     analytics.set_serving_state(catalog_version(catalog), intents_version(catalog, space, settings), report.run_id)
-    mongo.publish_run(report.run_id, space.model)
+    mongo.publish_run(report.run_id, space.model, messages)
     staging.prune(settings.staging_retention_days)
     log.info("nothing new to publish" if not user_pages else f"published: {report.details}")
+
+
+def _count(
+    space: VectorSpace, mongo: MongoStore, vectors: VectorStore, graph: GraphStore, analytics: AnalyticsStore
+) -> dict[str, int]:
+    """What the stores hold beside messages."""
+    return {
+        "events": mongo.count_events(),
+        "vectors": vectors.count(space.collection(MESSAGES)),
+        **graph.totals(),
+        "users_without_intent": analytics.count_users_without_intent(),
+    }
 
 
 def _learned(staging: Staging) -> bytes:

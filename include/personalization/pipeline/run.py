@@ -1,7 +1,8 @@
 """All stages in one process, without Airflow: for notebooks, tests and the command line."""
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from personalization.pipeline.intents import detect_intents
 from personalization.pipeline.learn import learn
 from personalization.pipeline.lineage import StageReport, record_lineage, reported
 from personalization.pipeline.mirror import mirror_vectors
+from personalization.pipeline.overlap import at_once, one_ahead
 from personalization.pipeline.prepare import prepare
 from personalization.pipeline.publish import publish
 from personalization.pipeline.spaces import live_space
@@ -51,7 +53,7 @@ def run_pipeline(
 ) -> RunSummary:
     """Take a file of messages, one of events, or both through all stages into all stores.
 
-    Events that wait in MongoDB are taken too. The same stage functions as the DAG's, one after the other.
+    Events that wait in MongoDB are taken too. The same stage functions as the DAG's; those overlap that may.
     An error the platform foresees ends in `status` "failed" with `error`; lineage is written either way.
     """
     settings = settings or get_settings()
@@ -101,7 +103,7 @@ def _run_stages(
 
 @dataclass(frozen=True)
 class Run:
-    """A run in one process: the stages of the DAG, one after the other."""
+    """A run in one process: the stages of the DAG, overlapping as there, in threads."""
 
     run_id: str
     settings: Settings
@@ -116,8 +118,11 @@ class Run:
 
     def stage(self, name: str, shard: int = 0) -> AbstractContextManager[StageReport]:
         """A stage at work, which keeps its report."""
+        return self._reported(self.staging, name, shard)
+
+    def _reported(self, staging: Staging, name: str, shard: int = 0) -> AbstractContextManager[StageReport]:
         model = self.space.model
-        return reported(self.staging, self.run_id, name, shard=shard, settings=self.settings, model=model)
+        return reported(staging, self.run_id, name, shard=shard, settings=self.settings, model=model)
 
     def prepare(self, report: StageReport) -> None:
         """The first stage."""
@@ -142,95 +147,122 @@ class Run:
 
         `more_users` are pages of users to refresh beside those of the run.
         """
-        catalog, staging, settings, space = self.catalog, self.staging, self.settings, self.space
-        mongo, vectors, graph = self.stores.mongo, self.stores.vectors, self.stores.graph
-        analytics, cache = self.stores.analytics, self.stores.cache
-        with self.stage("ingest") as report:
-            shards = take(report)
-        with self.stage("ingest_events") as report:
-            ingest_events(
-                report,
-                files=events_files,
-                skip_bad_files=False,
-                mongo=mongo,
-                analytics=analytics,
-                staging=staging,
-                settings=settings,
-            )
-        with self.stage("embed_catalog") as report:
-            utterances = embed_catalog(report, catalog=catalog, space=space, staging=staging)
-        known = VectorCache(cache.client, settings.vector_cache_days)
+        with ThreadPoolExecutor(1) as beside:
+            prepared = beside.submit(self._embed_catalog)  # loads the model meanwhile
+            with self.stage("ingest") as report:
+                shards = take(report)
+            with self.stage("ingest_events") as report:
+                ingest_events(
+                    report,
+                    files=events_files,
+                    skip_bad_files=False,
+                    mongo=self.stores.mongo,
+                    analytics=self.stores.analytics,
+                    staging=self.staging,
+                    settings=self.settings,
+                )
+            utterances = prepared.result()
         embedded = []
-        for number, shard in enumerate(shards):
-            with self.stage("embed", number) as report:
-                embedded.append(embed(report, shard, space=space, staging=staging, cache=known))
-        for number, shard in enumerate(embedded):
+        # A shard is written to Milvus while the next one is embedded.
+        for number, shard in enumerate(one_ahead(self._embed(shards))):
+            embedded.append(shard)
             with self.stage("upsert_vectors", number) as report:
-                upsert_vectors(report, shard, space=space, mongo=mongo, vectors=vectors)
+                upsert_vectors(report, shard, space=self.space, mongo=self.stores.mongo, vectors=self.stores.vectors)
         with self.stage("mirror_vectors") as report:
             mirror_vectors(
                 report,
                 shards,
-                space=space,
-                mongo=mongo,
-                analytics=analytics,
-                vectors=vectors,
-                cache=known,
+                space=self.space,
+                mongo=self.stores.mongo,
+                analytics=self.stores.analytics,
+                vectors=self.stores.vectors,
+                cache=VectorCache(self.stores.cache.client, self.settings.vector_cache_days),
             )
         with self.stage("detect_intents") as report:
             pages = detect_intents(
                 report,
                 embedded,
                 utterances,
-                catalog=catalog,
-                space=space,
-                mongo=mongo,
-                analytics=analytics,
-                vectors=vectors,
-                staging=staging,
-                settings=settings,
+                catalog=self.catalog,
+                space=self.space,
+                mongo=self.stores.mongo,
+                analytics=self.stores.analytics,
+                vectors=self.stores.vectors,
+                staging=self.staging,
+                settings=self.settings,
             )
         pages = [*pages, *more_users]
-        for number, page in enumerate(pages):
-            with self.stage("build_graph", number) as report:
-                build_graph(report, page, mongo=mongo, analytics=analytics, graph=graph, settings=settings)
-        with self.stage("roll_up_engagement") as report:
-            roll_up_engagement(report, pages, analytics=analytics, settings=settings)
-        with self.stage("refresh_profiles") as report:
-            refresh_profiles(
-                report,
-                more_users,
-                space=space,
-                mongo=mongo,
-                analytics=analytics,
-                vectors=vectors,
-                settings=settings,
-            )
-        with self.stage("learn") as report:
-            learned = learn(
-                report,
-                pages,
-                catalog=catalog,
-                space=space,
-                analytics=analytics,
-                vectors=vectors,
-                staging=staging,
-                settings=settings,
-            )
+        *_, learned = at_once(
+            lambda: self._build_graph(pages),
+            lambda: self._roll_up_engagement(pages),
+            lambda: self._refresh_profiles(embedded, more_users),
+            lambda: self._learn(pages, embedded),
+        )
         with self.stage("publish") as report:
             publish(
                 report,
                 pages,
                 learned,
-                catalog=catalog,
-                space=space,
-                mongo=mongo,
-                vectors=vectors,
-                graph=graph,
-                analytics=analytics,
-                cache=cache,
+                catalog=self.catalog,
+                space=self.space,
+                mongo=self.stores.mongo,
+                vectors=self.stores.vectors,
+                graph=self.stores.graph,
+                analytics=self.stores.analytics,
+                cache=self.stores.cache,
+                staging=self.staging,
+                settings=self.settings,
+            )
+
+    def _embed_catalog(self) -> Ref:
+        staging = Staging(self.settings.staging_uri, self.run_id)  # of its own, so that its bytes are not another's
+        with self._reported(staging, "embed_catalog") as report:
+            return embed_catalog(report, catalog=self.catalog, space=self.space, staging=staging)
+
+    def _embed(self, shards: list[Ref]) -> Iterator[Ref]:
+        staging = Staging(self.settings.staging_uri, self.run_id)
+        cache = VectorCache(self.stores.cache.client, self.settings.vector_cache_days)
+        for number, shard in enumerate(shards):
+            with self._reported(staging, "embed", number) as report:
+                embedded = embed(report, shard, space=self.space, staging=staging, cache=cache)
+            yield embedded
+
+    def _build_graph(self, pages: list[Ref]) -> None:
+        mongo, analytics, graph = self.stores.mongo, self.stores.analytics, self.stores.graph
+        for number, page in enumerate(pages):
+            with self.stage("build_graph", number) as report:
+                build_graph(report, page, mongo=mongo, analytics=analytics, graph=graph, settings=self.settings)
+
+    def _roll_up_engagement(self, pages: list[Ref]) -> None:
+        with self.stage("roll_up_engagement") as report:
+            roll_up_engagement(report, pages, analytics=self.stores.analytics, settings=self.settings)
+
+    def _refresh_profiles(self, embedded: list[Ref], more_users: Sequence[Ref]) -> None:
+        with self.stage("refresh_profiles") as report:
+            refresh_profiles(
+                report,
+                embedded,
+                more_users,
+                space=self.space,
+                mongo=self.stores.mongo,
+                analytics=self.stores.analytics,
+                vectors=self.stores.vectors,
+                settings=self.settings,
+            )
+
+    def _learn(self, pages: list[Ref], embedded: list[Ref]) -> bool:
+        staging = Staging(self.settings.staging_uri, self.run_id)
+        with self._reported(staging, "learn") as report:
+            return learn(
+                report,
+                pages,
+                embedded,
+                catalog=self.catalog,
+                space=self.space,
+                analytics=self.stores.analytics,
+                vectors=self.stores.vectors,
                 staging=staging,
-                settings=settings,
+                settings=self.settings,
             )
 
 

@@ -9,7 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -19,10 +19,11 @@ from upath import UPath
 
 from personalization.errors import InputError, RejectRatioExceededError
 from personalization.pipeline.lineage import StageReport
+from personalization.pipeline.overlap import one_ahead
 from personalization.reading import Row, check_readable, file_digest, locate, read_rows
 from personalization.schemas import Event, Message, is_identifier
 from personalization.settings import Settings
-from personalization.stores.mongo import Document, MongoStore, Origin, RecordKind, StoredRecord
+from personalization.stores.mongo import Document, MongoStore, Origin, RecordKind, StoredRecord, TakenFile
 
 _BATCH_ROWS = 1000
 _PROGRESS_ROWS = 10_000
@@ -34,6 +35,7 @@ _SUFFIXES: dict[RecordKind, tuple[str, ...]] = {
 _MAX_RAW_BYTES = 12 * 2**20  # a MongoDB document holds at most 16 MiB
 _BATCH_CHARS = 16 * 2**20
 _REASONS_KEPT = 3
+_REFUSED_KEPT = 1000  # rows of a file that is known again
 _USER_IN_JSON = re.compile(r'"user_id"\s*:\s*("(?:[^"\\]|\\.){1,1000}")')
 _CELLS = 50  # that are looked at for a user, of a broken row of CSV
 
@@ -82,10 +84,22 @@ def _kind_of(name: str) -> RecordKind | None:
     return kind if known else None
 
 
+@dataclass
+class _Batch(Generic[Record]):
+    """Rows that were checked, but not yet compared with what is stored."""
+
+    rows: int
+    records: dict[str, tuple[Row, Record]] = field(default_factory=dict)
+    """By id."""
+    refused: list[tuple[Row, str]] = field(default_factory=list)
+    erased: int = 0
+    duplicates: int = 0
+
+
 class Taker(ABC, Generic[Record]):
     """Sorts the rows of files into accepted, repeated and refused, and keeps them in MongoDB.
 
-    Per 1,000 rows: two look-ups, and one bulk write where anything is new.
+    Per 1,000 rows: one look-up of users, 20 of ids, and one bulk write where anything is new.
     """
 
     kind: ClassVar[RecordKind]
@@ -98,6 +112,8 @@ class Taker(ABC, Generic[Record]):
         self._reasons: dict[str, int] = {}  # the first few, each with the row it was first met in
         self._outcomes = Counter(dict.fromkeys(("new", "changed", "unchanged", "duplicates", "resumed", "erased"), 0))
         self._files: list[Document] = []
+        self._taken: dict[int, TakenFile] = {}  # by place among the files
+        self._refused: list[int] = []  # rows of the file at work
         report.details["files"] = self._files
 
     @abstractmethod
@@ -111,6 +127,15 @@ class Taker(ABC, Generic[Record]):
     @abstractmethod
     def document(self, record: Record, origin: Origin) -> Document:
         """The record as MongoDB keeps it."""
+
+    @property
+    @abstractmethod
+    def rules(self) -> str:
+        """What decides whether a row is good, beside the row and the time."""
+
+    def as_taken(self, sha256: str) -> TakenFile | None:  # noqa: ARG002
+        """The file as a run took it, where nothing has become of its records since: then no row is looked up."""
+        return None
 
     def take(self, files: Sequence[UPath], *, skip_bad_files: bool) -> Iterator[list[Record]]:
         """Take the files; yield the records that later stages have to work on, up to 1,000 at a time.
@@ -133,55 +158,103 @@ class Taker(ABC, Generic[Record]):
         if report.rows_in and report.rejected / report.rows_in > self._settings.max_reject_ratio:
             raise RejectRatioExceededError(self._reject_summary(files))
         if files:
-            self._mongo.record_files(self.kind, report.run_id, self._files)
+            taken = [
+                {"taken": self._taken[at]._asdict()} if at in self._taken else {} for at in range(len(self._files))
+            ]
+            entries = [file | facts for file, facts in zip(self._files, taken, strict=True)]
+            self._mongo.record_files(self.kind, report.run_id, entries, self._outcomes["changed"])
 
     def _take_file(self, path: UPath) -> Iterator[list[Record]]:
         source = SourceFile.of(path)
         self._files.append({"uri": str(path), "sha256": source.sha256, "fingerprint": _fingerprint(path)})
-        for batch in _batches(read_rows(path)):
-            yield self._take_rows(source, batch)
-            if self._report.rows_in % _PROGRESS_ROWS == 0:
-                log.info(f"{path.name}: {self._report.rows_in:,} rows read, {self._report.rejected:,} rejected")
+        place, before, rows_before = len(self._files) - 1, self._outcomes.copy(), self._report.rows_in
+        started, self._refused = datetime.now(UTC), []
+        if (known := self.as_taken(source.sha256)) is not None:
+            log.info(f"{path.name}: taken before, and nothing of it has changed since")
+            yield from self._take_again(source, known)
+        else:
+            yield from self._take_all(source)
+        if self._outcomes["erased"] == before["erased"] and len(self._refused) <= _REFUSED_KEPT:
+            self._taken[place] = TakenFile(
+                sha256=source.sha256,
+                rules=self.rules,
+                at=started,
+                rows=self._report.rows_in - rows_before,
+                duplicates=self._outcomes["duplicates"] - before["duplicates"],
+                refused=self._refused,
+                changed=self._outcomes["changed"],
+            )
 
-    def _take_rows(self, source: SourceFile, rows: list[Row]) -> list[Record]:
-        self._report.rows_in += len(rows)
-        records: dict[str, tuple[Row, Record]] = {}
-        refused: list[tuple[Row, str]] = []
-        for row in self._without_erased(rows):
+    def _take_all(self, source: SourceFile) -> Iterator[list[Record]]:
+        # The next rows are read and checked while MongoDB is at work on these.
+        for batch in one_ahead(map(self._checked, _batches(read_rows(source.path)))):
+            yield self._keep(source, batch)
+            if self._report.rows_in % _PROGRESS_ROWS == 0:
+                log.info(f"{source.path.name}: {self._report.rows_in:,} rows read, {self._report.rejected:,} rejected")
+
+    def _take_again(self, source: SourceFile, known: TakenFile) -> Iterator[list[Record]]:
+        """Only what was refused is looked at: time may have made it good, and quarantine names the last run."""
+        if refused := set(known.refused):
+            rows = (row for row in read_rows(source.path) if row.number in refused)
+            for batch in _batches(rows):
+                yield self._keep(source, self._checked(batch))
+        self._report.rows_in += known.rows - len(refused)
+        self._outcomes["duplicates"] += known.duplicates
+        self._outcomes["unchanged"] += known.rows - len(refused) - known.duplicates
+        self._count_skipped()
+
+    def _checked(self, rows: list[Row]) -> "_Batch[Record]":
+        """The rows by themselves, before what MongoDB knows of their ids."""
+        batch = _Batch[Record](len(rows))
+        for row in self._without_erased(batch, rows):
             record = self._validate(row)
             if isinstance(record, str):
-                refused.append((row, record))
+                batch.refused.append((row, record))
                 continue
-            first = records.setdefault(self.identify(record), (row, record))
+            first = batch.records.setdefault(self.identify(record), (row, record))
             if first[0] is row:
                 continue
             if first[1].content_hash == record.content_hash:
-                self._outcomes["duplicates"] += 1
+                batch.duplicates += 1
             else:
-                refused.append((row, self._conflict(record, first[0].number)))
+                batch.refused.append((row, self._conflict(record, first[0].number)))
+        return batch
 
-        stored = self._mongo.stored(self.kind, list(records))
+    def _keep(self, source: SourceFile, batch: "_Batch[Record]") -> list[Record]:
+        """Store what is new or changed, quarantine what is refused; return the records that are to be worked on."""
+        self._report.rows_in += batch.rows
+        self._outcomes["erased"] += batch.erased
+        self._outcomes["duplicates"] += batch.duplicates
+        refused = batch.refused
+        stored = self._mongo.stored(self.kind, list(batch.records))
         self._learn_done(one["run_id"] for one in stored.values())
-        to_do: list[tuple[Row, Record]] = []
-        for record_id, (row, record) in records.items():
+        to_do: list[Record] = []
+        new: list[Document] = []
+        known: list[Document] = []
+        for record_id, (row, record) in batch.records.items():
             outcome = self._compare(source, row, record, stored.get(record_id))
-            if outcome in self._outcomes:
-                self._outcomes[outcome] += 1
-                if outcome in ("new", "changed", "resumed"):
-                    to_do.append((row, record))
-            else:
+            if outcome not in self._outcomes:
                 refused.append((row, outcome))
+                continue
+            self._outcomes[outcome] += 1
+            if outcome in ("new", "changed", "resumed"):
+                to_do.append(record)
+                (new if outcome == "new" else known).append(self._document(source, row, record))
 
-        self._mongo.upsert(self.kind, [self._document(source, row, record) for row, record in to_do])
+        self._mongo.insert(self.kind, new)
+        self._mongo.upsert(self.kind, known)
         self._quarantine(source, refused)
-        self._report.skipped = sum(self._outcomes[one] for one in ("unchanged", "duplicates", "erased"))
-        return [record for _, record in to_do]
+        self._count_skipped()
+        return to_do
 
-    def _without_erased(self, rows: list[Row]) -> list[Row]:
+    def _count_skipped(self) -> None:
+        self._report.skipped = sum(self._outcomes[one] for one in ("unchanged", "duplicates", "erased"))
+
+    def _without_erased(self, batch: "_Batch[Record]", rows: list[Row]) -> list[Row]:
         users = [_users_in(row) for row in rows]
         erased = self._mongo.erased_among(set().union(*users))
         left = [row for row, found in zip(rows, users, strict=True) if not found & erased]
-        self._outcomes["erased"] += len(rows) - len(left)
+        batch.erased = len(rows) - len(left)
         return left
 
     def _refuse_file(self, path: UPath, problem: str) -> None:
@@ -230,6 +303,7 @@ class Taker(ABC, Generic[Record]):
 
     def _quarantine(self, source: SourceFile, refused: list[tuple[Row, str]]) -> None:
         self._report.rejected += len(refused)
+        self._refused += [row.number for row, _ in refused]
         for row, reason in refused:
             if len(self._reasons) < _REASONS_KEPT:
                 self._reasons.setdefault(reason, row.number)

@@ -9,8 +9,10 @@ import pyarrow as pa
 
 from personalization.encoder import Vectors
 from personalization.learning.history import RECENT_MESSAGES, interests_of
+from personalization.learning.loading import VectorSource
 from personalization.pipeline.embed import embeddings_of
 from personalization.pipeline.lineage import StageReport
+from personalization.pipeline.run_vectors import run_vectors
 from personalization.pipeline.spaces import spaces_beside
 from personalization.recommend.sources import Vector
 from personalization.schemas import DAY_MS, INTERESTS_PER_USER, Ref, VectorSpace
@@ -53,6 +55,7 @@ def write_vectors(
 
 def refresh_profiles(
     report: StageReport,
+    embedded: Sequence[Ref],
     more_users: Sequence[Ref] = (),
     *,
     space: VectorSpace,
@@ -66,22 +69,26 @@ def refresh_profiles(
 
     A user's vector is the L2-normalised sum of their newest messages' vectors, each weighted by
     2^(-age / half-life), age counted from the user's newest message: so a repeat changes nothing.
-    Reads each of those vectors once, 1,000 a round trip.
+    Reads each of those vectors once, from the run's shards `embedded`, or from Milvus, 1,000 a round trip.
     """
     others = (
         page[at : at + _USERS_AT_ONCE]
         for page in read_column(list(more_users), "user_id")
         for at in range(0, len(page), _USERS_AT_ONCE)
     )
-    for user_ids in chain(analytics.users_with_messages(report.run_id, _USERS_AT_ONCE), others):
-        set_profiles(
-            report, user_ids, space=space, mongo=mongo, analytics=analytics, vectors=vectors, settings=settings
-        )
-        for other in spaces_beside(analytics, space):
-            beside = report.model_copy()  # what is counted is what is served
-            set_profiles(
-                beside, user_ids, space=other, mongo=mongo, analytics=analytics, vectors=vectors, settings=settings
-            )
+    with run_vectors(vectors, space, embedded) as at_hand:
+        for user_ids in chain(analytics.users_with_messages(report.run_id, _USERS_AT_ONCE), others):
+            for one in (space, *spaces_beside(analytics, space)):
+                set_profiles(
+                    report if one == space else report.model_copy(),  # what is counted is what is served
+                    user_ids,
+                    space=one,
+                    mongo=mongo,
+                    analytics=analytics,
+                    vectors=vectors,
+                    settings=settings,
+                    said=at_hand,
+                )
     if report.rows_out:
         vectors.seal([space.collection(USERS), space.collection(INTERESTS)])
 
@@ -95,10 +102,14 @@ def set_profiles(
     analytics: AnalyticsStore,
     vectors: VectorStore,
     settings: Settings,
+    said: VectorSource | None = None,
 ) -> None:
-    """Set the vectors and interests of some users in a space from those of their messages there."""
+    """Set the vectors and interests of some users in a space from those of their messages there.
+
+    `said` is where the latter are read, if not from `vectors`.
+    """
     report.rows_in += len(user_ids)
-    rows, interests = _profiles(user_ids, space, analytics, vectors, settings)
+    rows, interests = _profiles(user_ids, space, analytics, said or vectors, settings)
     erased = mongo.erased_among(user_ids)
     rows = [one for one in rows if one["id"] not in erased]
     interests = [one for one in interests if one["user_id"] not in erased]
@@ -115,7 +126,7 @@ def _profiles(
     user_ids: list[str],
     space: VectorSpace,
     analytics: AnalyticsStore,
-    vectors: VectorStore,
+    vectors: VectorSource,
     settings: Settings,
 ) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
     """Rows of the users, and of their interests."""

@@ -99,6 +99,7 @@ T = TypeVar("T")
 
 _FUNNEL = ("shown_to", "clicked_by", "converted_by")
 _LINEAGE = (PipelineRun.__table__, StageAttempt.__table__)
+_TOTALS = ("messages", "events", "vectors", "users", "expressed", "users_without_intent")
 _CAMPAIGN_TOTALS = ("users", "messages", "last_at", "impressions", "clicks", "conversions", "dismisses", *_FUNNEL)
 
 
@@ -632,6 +633,17 @@ class AnalyticsStore:
         )
         found = [row["details"].get("generation") for row in self._fetch(query)]
         return [one for one in found if one is not None]
+
+    def latest_totals(self) -> dict[str, int]:
+        """What the stores held at the latest publish, as lineage has it; empty before the first."""
+        query = (
+            select(PipelineRun.details)
+            .where(PipelineRun.stage == "publish", PipelineRun.status == "success")
+            .order_by(PipelineRun.started_at.desc())
+            .limit(1)
+        )
+        found: dict[str, Any] = next((row["details"] for row in self._fetch(query)), {})
+        return {name: count for name, count in found.items() if name in _TOTALS}
 
     def _stream(self, query: Select[*tuple[Any, ...]]) -> Iterator[list[list[Any]]]:
         with analytics_errors(), self.engine.connect() as connection:

@@ -160,6 +160,7 @@ class VectorStore:
                     ids=list(ids[start : start + _READ_ROWS]),
                     output_fields=["id", "embedding"],
                     consistency_level="Strong",
+                    strict_float32=True,  # arrays, not lists of numbers
                     timeout=120,
                 )
 

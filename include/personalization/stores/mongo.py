@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import chain, islice
 from typing import Any, Literal, NamedTuple, TypedDict, cast
 
@@ -23,7 +23,9 @@ RecordKind = Literal["message", "event"]
 
 _FILES: dict[RecordKind, str] = {"message": "files", "event": "event_files"}
 _BATCH = 1000
+_LOOK_UP = 50  # ids at once: what SecantusDB takes for those it finds grows with the square
 _PENDING_KEPT = 1000
+_LONGEST_RUN = timedelta(days=2)  # what was opened longer ago and is not published is not at work
 _SAID = ("who", "note", "at")
 _PAGE_WAITS_MS = 2000
 _DUPLICATE_KEY = 11000  # MongoDB's error code
@@ -51,6 +53,21 @@ class StoredRecord(Origin):
     _id: str
     user_id: str
     content_hash: str
+
+
+class TakenFile(NamedTuple):
+    """A file of messages as a run took it to its end."""
+
+    sha256: str
+    rules: str
+    """What decided whether a row was good."""
+    at: datetime
+    rows: int
+    duplicates: int
+    refused: list[int]
+    """Numbers of the rows that were quarantined."""
+    changed: int
+    """Messages that the run had changed by then."""
 
 
 class PastEventRow(NamedTuple):
@@ -133,16 +150,33 @@ class MongoStore:
             self.quarantine.create_index("user_id")
 
     def stored(self, kind: RecordKind, ids: Sequence[str]) -> dict[str, StoredRecord]:
-        """Look up messages or events by id. One round trip; costs grow with `len(ids)`."""
+        """Look up messages or events by id, 50 a round trip."""
         fields = {"user_id": 1, "content_hash": 1, "run_id": 1, "attempt": 1, "source": 1}
+        found: dict[str, StoredRecord] = {}
         with mongo_errors():
-            found = self._records[kind].find({"_id": {"$in": list(ids)}}, fields)
-            return {document["_id"]: document for document in found}  # type: ignore[misc]
+            for start in range(0, len(ids), _LOOK_UP):
+                query = {"_id": {"$in": list(ids[start : start + _LOOK_UP])}}
+                for one in self._records[kind].find(query, fields):
+                    found[one["_id"]] = one  # type: ignore[assignment]
+        return found
 
     def read(self, kind: RecordKind, ids: Sequence[str]) -> dict[str, Document]:
         """Whole messages or events by id; those that are gone are missing. One round trip; meant for few ids."""
         with mongo_errors():
             return {document["_id"]: document for document in self._records[kind].find({"_id": {"$in": list(ids)}})}
+
+    def insert(self, kind: RecordKind, documents: Sequence[Document]) -> None:
+        """Insert messages or events that no look-up found, which is a fifth of the work of a replacement.
+
+        One round trip a call; a second replaces those that somebody else has stored since.
+        """
+        if not documents:
+            return
+        with mongo_errors():
+            try:
+                self._records[kind].insert_many(documents, ordered=False)
+            except BulkWriteError as error:
+                self._replace_all(self._records[kind], [documents[at] for at in _known_already(error)])
 
     def upsert(self, kind: RecordKind, documents: Sequence[Document]) -> None:
         """Insert or replace messages or events by `_id`. One round trip a call."""
@@ -155,8 +189,8 @@ class MongoStore:
     def open_run(self, run_id: str) -> None:
         """Say that a run works on messages. One that is taken up again is not published any more."""
         with mongo_errors():
-            not_published = {"$unset": {"model": "", "published_at": ""}}
-            self.runs.update_one({"_id": run_id}, not_published, upsert=True)
+            opened = {"$set": {"opened_at": datetime.now(UTC)}, "$unset": {"model": "", "published_at": ""}}
+            self.runs.update_one({"_id": run_id}, opened, upsert=True)
 
     def claim_events(self, run_id: str) -> None:
         """Make the events that no published run has taken the run's own: new ones of the API, and those of
@@ -177,16 +211,45 @@ class MongoStore:
             while page := list(islice(found, _BATCH)):
                 yield page
 
-    def record_files(self, kind: RecordKind, run_id: str, files: Sequence[Document]) -> None:
-        """Remember which files of messages or events a run took."""
-        with mongo_errors():
-            self.runs.update_one({"_id": run_id}, {"$set": {_FILES[kind]: list(files)}}, upsert=True)
-
-    def publish_run(self, run_id: str, model: str) -> None:
-        """Mark a run's messages as processed in every store, and its files as taken."""
-        facts = {"model": model, "published_at": datetime.now(UTC)}
+    def record_files(self, kind: RecordKind, run_id: str, files: Sequence[Document], changed: int) -> None:
+        """Remember which files of messages or events a run took, and how many that were stored it changed."""
+        facts = {_FILES[kind]: list(files), f"{kind}s_changed": changed}
         with mongo_errors():
             self.runs.update_one({"_id": run_id}, {"$set": facts}, upsert=True)
+
+    def publish_run(self, run_id: str, model: str, messages: int) -> None:
+        """Mark a run's messages as processed in every store, and its files as taken; `messages` are stored now."""
+        facts = {"model": model, "published_at": datetime.now(UTC), "messages": messages}
+        with mongo_errors():
+            self.runs.update_one({"_id": run_id}, {"$set": facts}, upsert=True)
+
+    def file_as_taken(self, run_id: str, sha256: str, rules: str) -> TakenFile | None:
+        """The file of messages as a published run took it, if each of its messages is still stored and done as then.
+
+        That is so where the run took it by the same rules, no run since has changed a message or stopped before it was
+        published, nobody was erased, and as many messages are stored as when a run was last published. Four small
+        look-ups and the collection's counter.
+        """
+        with mongo_errors():
+            taken_by = {"files.sha256": sha256, "published_at": {"$exists": True}}
+            runs = list(self.runs.find(taken_by, {"files": 1, "messages_changed": 1}))
+            files = [(run, TakenFile(**file["taken"])) for run in runs for file in run["files"] if "taken" in file]
+            files = [(run, file) for run, file in files if (file.sha256, file.rules) == (sha256, rules)]
+            if not files:
+                return None
+            by, newest = max(files, key=lambda one: one[1].at)
+            at_work = {"published_at": {"$exists": False}, "opened_at": {"$gt": newest.at - _LONGEST_RUN}}
+            since = {"_id": {"$nin": [run_id, by["_id"]]}, "$or": [{"published_at": {"$gt": newest.at}}, at_work]}
+            others = self.runs.find(since, {"published_at": 1, "files": 1, "messages_changed": 1})
+            unlike = any("published_at" not in one or one.get("messages_changed", "files" in one) for one in others)
+            if unlike or by["messages_changed"] != newest.changed:
+                return None
+            if self.erasures.find_one({"requested_at": {"$gt": newest.at}}, {"_id": 1}) is not None:
+                return None
+            last = (
+                self.runs.find({"published_at": {"$exists": True}}, {"messages": 1}).sort("published_at", -1).limit(1)
+            )
+            return newest if next(last).get("messages") == self.count_messages() else None
 
     def runs_published(self, run_ids: Iterable[str]) -> set[str]:
         """Which of the runs were published. A migration to another model takes along what any of them took."""
@@ -302,19 +365,25 @@ class MongoStore:
                 self._records[kind].update_many(some, {"$set": {"run_id": run_id}})
 
     def texts(self, ids: Sequence[str]) -> dict[str, Document]:
-        """`user_id, timestamp, message, content_hash` of messages by id; those that are gone are missing. One round
-        trip.
+        """`user_id, timestamp, message, content_hash` of messages by id, 50 a round trip; those that are gone are
+        missing.
         """
         fields = ("user_id", "timestamp", "message", "content_hash")
+        found: dict[str, Document] = {}
         with mongo_errors():
-            found = self.conversations.find({"_id": {"$in": list(ids)}}, fields, batch_size=_BATCH)
-            return {one["_id"]: one for one in found}
+            for start in range(0, len(ids), _LOOK_UP):
+                some = self.conversations.find({"_id": {"$in": list(ids[start : start + _LOOK_UP])}}, fields)
+                found |= {one["_id"]: one for one in some}
+        return found
 
     def messages(self, run_id: str, ids: Sequence[str]) -> list[Document]:
-        """`_id, user_id, timestamp, message` of those of the messages that are the run's. One round trip."""
+        """`_id, user_id, timestamp, message` of those of the messages that are the run's, 50 a round trip."""
+        found: list[Document] = []
         with mongo_errors():
-            query = {"_id": {"$in": list(ids)}, "run_id": run_id}
-            return list(self.conversations.find(query, ("user_id", "timestamp", "message"), batch_size=_BATCH))
+            for start in range(0, len(ids), _LOOK_UP):
+                query = {"_id": {"$in": list(ids[start : start + _LOOK_UP])}, "run_id": run_id}
+                found += self.conversations.find(query, ("user_id", "timestamp", "message"))
+        return found
 
     def users_among(self, user_ids: Sequence[str]) -> set[str]:
         """Those of the users who have a message or an event. Two reads of an index by user."""
@@ -523,8 +592,13 @@ class AsyncEventStore:
         try:
             await self.events.insert_many([event_document(one, origin) for one in events], ordered=False)
         except BulkWriteError as error:
-            refused = error.details["writeErrors"]
-            if error.details["writeConcernErrors"] or any(one["code"] != _DUPLICATE_KEY for one in refused):
-                raise
-            return [one["index"] for one in refused]
+            return _known_already(error)
         return []
+
+
+def _known_already(error: BulkWriteError) -> list[int]:
+    """The places of those that an insertion refused as their `_id` is known. Raises `error` if it says more."""
+    refused = error.details["writeErrors"]
+    if error.details["writeConcernErrors"] or any(one["code"] != _DUPLICATE_KEY for one in refused):
+        raise error
+    return [one["index"] for one in refused]
