@@ -34,17 +34,7 @@ _REFERENCE_ROWS = 4000
 _SINGLE_ROWS = 200
 _REFERENCES = Path(__file__).parent / "references"
 _LANGCHAIN_HOME = Path(".local") / "langchain"
-_LANGCHAIN = (
-    "langchain-milvus==0.4.0",
-    "langchain-core==1.8.4",
-    "langchain-protocol",
-    "langsmith",
-    "jsonpatch",
-    "jsonpointer",
-    "tenacity",
-    "uuid-utils",
-    "xxhash",
-)
+_LANGCHAIN = ("langchain-milvus==0.4.0", "langchain-core==1.8.4")
 _STORES = ("mongodb", "milvus", "neo4j", "redis")
 
 
@@ -282,7 +272,7 @@ def _references(folder: Path, rows: list[dict[str, Any]], stack: Stack, langchai
     """Messages a second of LangChain into Milvus, and of a message at a time into all stores."""
     settings = stack.config.settings()
     many, few = _written(folder, rows[:_REFERENCE_ROWS]), _written(folder, rows[:_SINGLE_ROWS])
-    script = [sys.executable, str(_REFERENCES / "langchain_milvus.py"), str(many), settings.milvus_uri]
+    script = [sys.executable, str(_REFERENCES / "langchain_into_milvus.py"), str(many), settings.milvus_uri]
     usual = _answer([*script, model_location(settings.embedding_model)], {"PYTHONPATH": str(langchain)})
     single = _answer([sys.executable, "-m", "benchmarks.references.one_by_one", str(few)], stack.config.platform_env)
     return {"langchain": _REFERENCE_ROWS / usual["seconds"], "single": _SINGLE_ROWS / single["seconds"]}
@@ -327,11 +317,11 @@ def _written(folder: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def _langchain() -> Path:
-    """A folder with LangChain, made where there is none; the rest is the project's own environment."""
-    done = _LANGCHAIN_HOME / "-".join(_LANGCHAIN[:2])
+    """A folder with LangChain and what it needs, made where there is none; the model is the project's."""
+    done = _LANGCHAIN_HOME / "-".join(_LANGCHAIN)
     if not done.exists():
         uv = str(Path(sys.executable).with_name("uv"))
         there = ["--target", str(_LANGCHAIN_HOME), "--python", sys.executable]
-        subprocess.run([uv, "pip", "install", "--quiet", "--no-deps", *there, *_LANGCHAIN], check=True)
+        subprocess.run([uv, "pip", "install", "--quiet", *there, *_LANGCHAIN], check=True)
         done.touch()
     return _LANGCHAIN_HOME.absolute()

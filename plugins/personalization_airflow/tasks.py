@@ -9,6 +9,13 @@ from typing import Any
 from personalization.schemas import Ref
 
 
+def of_all_shards(given: Sequence[Ref] | Ref | None) -> list[Ref]:
+    """What the tasks of a mapped group returned: Airflow hands over None of no task, and of one its value as it is."""
+    if given is None:
+        return []
+    return [given] if isinstance(given, dict) else list(given)
+
+
 def prepare() -> None:
     """Make the stores ready and bring the catalog into them."""
     from personalization.pipeline import prepare as stages
@@ -136,7 +143,7 @@ def mirror_vectors(shards: list[Ref]) -> None:
         )
 
 
-def detect_intents(shards: Sequence[Ref] | None, utterances: Ref) -> list[Ref]:
+def detect_intents(shards: Sequence[Ref] | Ref | None, utterances: Ref) -> list[Ref]:
     """Find what each message expresses; return the users to refresh, in pages."""
     from personalization.pipeline import intents
     from personalization.stores.analytics import analytics_store
@@ -152,7 +159,7 @@ def detect_intents(shards: Sequence[Ref] | None, utterances: Ref) -> list[Ref]:
     ):
         return intents.detect_intents(
             s.report,
-            list(shards or []),  # None where nothing was mapped
+            of_all_shards(shards),
             utterances,
             catalog=s.catalog,
             space=s.space,
@@ -192,7 +199,7 @@ def roll_up_engagement(user_pages: list[Ref]) -> None:
         engagement.roll_up_engagement(s.report, user_pages, analytics=analytics, settings=s.settings)
 
 
-def refresh_profiles(embedded: Sequence[Ref] | None) -> None:
+def refresh_profiles(embedded: Sequence[Ref] | Ref | None) -> None:
     """Set the users' vectors from those of their messages."""
     from personalization.pipeline import vectors
     from personalization.stores.analytics import analytics_store
@@ -208,7 +215,7 @@ def refresh_profiles(embedded: Sequence[Ref] | None) -> None:
     ):
         vectors.refresh_profiles(
             s.report,
-            list(embedded or []),  # None where nothing was mapped
+            of_all_shards(embedded),
             space=s.space,
             mongo=mongo,
             analytics=analytics,
@@ -217,7 +224,7 @@ def refresh_profiles(embedded: Sequence[Ref] | None) -> None:
         )
 
 
-def learn(user_pages: list[Ref], embedded: Sequence[Ref] | None = None) -> bool:
+def learn(user_pages: list[Ref], embedded: Sequence[Ref] | Ref | None = None) -> bool:
     """Draw what is known of the campaigns, and fit the ranker."""
     from personalization.pipeline import learn
     from personalization.stores.analytics import analytics_store
@@ -229,7 +236,7 @@ def learn(user_pages: list[Ref], embedded: Sequence[Ref] | None = None) -> bool:
         return learn.learn(
             s.report,
             user_pages,
-            list(embedded or []),
+            of_all_shards(embedded),
             catalog=s.catalog,
             space=s.space,
             analytics=analytics,

@@ -296,3 +296,10 @@ def test_a_database_on_a_server_is_named_by_host_and_port(monkeypatch: pytest.Mo
     dataset = to_openlineage(SimpleNamespace(uri=_uri("sql:events", VectorSpace("", 0), settings)), None)  # type: ignore[arg-type]
 
     assert (dataset.namespace, dataset.name) == ("postgresql://db:5432/analytics", "events")
+
+
+@pytest.mark.parametrize("given", [None, [], {"uri": "a"}, [{"uri": "a"}], [{"uri": "a"}, {"uri": "b"}]])
+def test_what_a_mapped_group_returned_is_a_list_however_many_shards_there_were(given: Any):
+    from personalization_airflow.tasks import of_all_shards
+
+    assert of_all_shards(given) == ([given] if isinstance(given, dict) else given or [])

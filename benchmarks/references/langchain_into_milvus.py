@@ -1,7 +1,7 @@
 """The usual way into a vector store: LangChain's `Milvus.add_texts` with SentenceTransformer in float32.
 
-`python langchain_milvus.py FILE MILVUS_URI MODEL` prints the seconds, with the model loaded before. Runs with LangChain
-on its path, which the project's own environment lacks.
+`python langchain_into_milvus.py FILE MILVUS_URI MODEL` prints the seconds, with the model loaded before. Runs with
+LangChain on its path, which the project's own environment lacks.
 """
 
 import json
