@@ -34,7 +34,7 @@ _REFERENCE_ROWS = 4000
 _SINGLE_ROWS = 200
 _REFERENCES = Path(__file__).parent / "references"
 _LANGCHAIN_HOME = Path(".local") / "langchain"
-_LANGCHAIN = ("langchain-milvus==0.4.0", "langchain-core==1.8.4")
+_LANGCHAIN = "langchain-milvus==0.4.0"
 _STORES = ("mongodb", "milvus", "neo4j", "redis")
 
 
@@ -318,10 +318,10 @@ def _written(folder: Path, rows: list[dict[str, Any]]) -> Path:
 
 def _langchain() -> Path:
     """A folder with LangChain and what it needs, made where there is none; the model is the project's."""
-    done = _LANGCHAIN_HOME / "-".join(_LANGCHAIN)
+    done = _LANGCHAIN_HOME / _LANGCHAIN
     if not done.exists():
         uv = str(Path(sys.executable).with_name("uv"))
         there = ["--target", str(_LANGCHAIN_HOME), "--python", sys.executable]
-        subprocess.run([uv, "pip", "install", "--quiet", *there, *_LANGCHAIN], check=True)
+        subprocess.run([uv, "pip", "install", "--quiet", *there, _LANGCHAIN], check=True)
         done.touch()
     return _LANGCHAIN_HOME.absolute()
