@@ -12,13 +12,8 @@ from personalization.migration.fill import catch_up, fill
 from personalization.migration.scene import Scene
 from personalization.migration.swap import finish, swap
 from personalization.migration.verify import Bounds, verify
-from personalization.pipeline.embed import embed_catalog
-from personalization.pipeline.engagement import roll_up_engagement
-from personalization.pipeline.graph import build_graph
-from personalization.pipeline.intents import detect_intents
-from personalization.pipeline.learn import learn
 from personalization.pipeline.lineage import MIGRATION_STAGES, StageReport, record_lineage, reported
-from personalization.pipeline.publish import publish
+from personalization.pipeline.run import Run
 from personalization.schemas import VectorSpace
 from personalization.settings import Settings
 from personalization.staging import Staging
@@ -97,63 +92,14 @@ class _Run:
             figures = verify(report, target, bounds, scene)
         with self.stage("swap") as report:
             swap(report, target, scene)
-        self._read_anew(target)
+        self._read_anew()
         return figures
 
-    def _read_anew(self, target: VectorSpace) -> None:
+    def _read_anew(self) -> None:
         """The stages of a run of the pipeline over all stored messages, as behind an edit of the intents."""
-        stores, staging, settings = self.scene.stores, self.scene.staging, self.scene.settings
-        catalog = self.scene.catalog()
-        with self.stage("embed_catalog") as report:
-            utterances = embed_catalog(report, catalog=catalog, space=target, staging=staging)
-        with self.stage("detect_intents") as report:
-            pages = detect_intents(
-                report,
-                [],
-                utterances,
-                catalog=catalog,
-                space=target,
-                mongo=stores.mongo,
-                analytics=stores.analytics,
-                vectors=stores.vectors,
-                staging=staging,
-                settings=settings,
-            )
-        for number, page in enumerate(pages):
-            with self.stage("build_graph", number) as report:
-                build_graph(
-                    report,
-                    page,
-                    mongo=stores.mongo,
-                    analytics=stores.analytics,
-                    graph=stores.graph,
-                    settings=settings,
-                )
-        with self.stage("roll_up_engagement") as report:
-            roll_up_engagement(report, pages, analytics=stores.analytics, settings=settings)
-        with self.stage("learn") as report:
-            learned = learn(
-                report,
-                pages,
-                catalog=catalog,
-                space=target,
-                analytics=stores.analytics,
-                vectors=stores.vectors,
-                staging=staging,
-                settings=settings,
-            )
-        with self.stage("publish") as report:
-            publish(
-                report,
-                pages,
-                learned,
-                catalog=catalog,
-                space=target,
-                mongo=stores.mongo,
-                vectors=stores.vectors,
-                graph=stores.graph,
-                analytics=stores.analytics,
-                cache=stores.cache,
-                staging=staging,
-                settings=settings,
-            )
+        scene = self.scene
+        run = Run(self.run_id, scene.settings, scene.staging, scene.stores, scene.catalog())
+        pages = run.detect_intents([], run.embed_catalog())
+        run.build_graph(pages)
+        run.roll_up_engagement(pages)
+        run.publish(pages, run.learn(pages, []))

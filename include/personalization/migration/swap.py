@@ -13,6 +13,7 @@ from personalization.pipeline.learn import SERVED_FILE, learn_anew
 from personalization.pipeline.lineage import StageReport
 from personalization.recommend.knowledge import ServedKnowledge
 from personalization.schemas import VectorSpace
+from personalization.stores.milvus import MESSAGES
 
 MOVED_ON = timedelta(seconds=60)
 """By then no process of the API asks the former space: each request asks Redis which generation is served, and where
@@ -79,7 +80,7 @@ def finish(report: StageReport, scene: Scene) -> None:
         if wait > 0:
             log.info(f"waiting {wait:.0f} s, until all of the API has moved on")
             time.sleep(wait)
-        report.details[space.name] = stores.vectors.count(space.collection("messages"))
+        report.details[space.name] = stores.vectors.count(space.collection(MESSAGES))
         stores.analytics.forget_space(space)  # first, so that no run writes to what is about to go
         stores.vectors.drop(space)
         Filling.of(scene.settings, space).forget()

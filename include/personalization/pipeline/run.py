@@ -148,7 +148,7 @@ class Run:
         `more_users` are pages of users to refresh beside those of the run.
         """
         with ThreadPoolExecutor(1) as beside:
-            prepared = beside.submit(self._embed_catalog)  # loads the model meanwhile
+            prepared = beside.submit(self.embed_catalog)  # loads the model meanwhile
             with self.stage("ingest") as report:
                 shards = take(report)
             with self.stage("ingest_events") as report:
@@ -178,43 +178,17 @@ class Run:
                 vectors=self.stores.vectors,
                 cache=VectorCache(self.stores.cache.client, self.settings.vector_cache_days),
             )
-        with self.stage("detect_intents") as report:
-            pages = detect_intents(
-                report,
-                embedded,
-                utterances,
-                catalog=self.catalog,
-                space=self.space,
-                mongo=self.stores.mongo,
-                analytics=self.stores.analytics,
-                vectors=self.stores.vectors,
-                staging=self.staging,
-                settings=self.settings,
-            )
-        pages = [*pages, *more_users]
+        pages = [*self.detect_intents(embedded, utterances), *more_users]
         *_, learned = at_once(
-            lambda: self._build_graph(pages),
-            lambda: self._roll_up_engagement(pages),
+            lambda: self.build_graph(pages),
+            lambda: self.roll_up_engagement(pages),
             lambda: self._refresh_profiles(embedded, more_users),
-            lambda: self._learn(pages, embedded),
+            lambda: self.learn(pages, embedded),
         )
-        with self.stage("publish") as report:
-            publish(
-                report,
-                pages,
-                learned,
-                catalog=self.catalog,
-                space=self.space,
-                mongo=self.stores.mongo,
-                vectors=self.stores.vectors,
-                graph=self.stores.graph,
-                analytics=self.stores.analytics,
-                cache=self.stores.cache,
-                staging=self.staging,
-                settings=self.settings,
-            )
+        self.publish(pages, learned)
 
-    def _embed_catalog(self) -> Ref:
+    def embed_catalog(self) -> Ref:
+        """The stage; returns the staged utterances."""
         staging = Staging(self.settings.staging_uri, self.run_id)  # of its own, so that its bytes are not another's
         with self._reported(staging, "embed_catalog") as report:
             return embed_catalog(report, catalog=self.catalog, space=self.space, staging=staging)
@@ -227,13 +201,31 @@ class Run:
                 embedded = embed(report, shard, space=self.space, staging=staging, cache=cache)
             yield embedded
 
-    def _build_graph(self, pages: list[Ref]) -> None:
+    def detect_intents(self, embedded: list[Ref], utterances: Ref) -> list[Ref]:
+        """The stage; returns the pages of users to refresh."""
+        with self.stage("detect_intents") as report:
+            return detect_intents(
+                report,
+                embedded,
+                utterances,
+                catalog=self.catalog,
+                space=self.space,
+                mongo=self.stores.mongo,
+                analytics=self.stores.analytics,
+                vectors=self.stores.vectors,
+                staging=self.staging,
+                settings=self.settings,
+            )
+
+    def build_graph(self, pages: list[Ref]) -> None:
+        """The stage, a page of users at a time."""
         mongo, analytics, graph = self.stores.mongo, self.stores.analytics, self.stores.graph
         for number, page in enumerate(pages):
             with self.stage("build_graph", number) as report:
                 build_graph(report, page, mongo=mongo, analytics=analytics, graph=graph, settings=self.settings)
 
-    def _roll_up_engagement(self, pages: list[Ref]) -> None:
+    def roll_up_engagement(self, pages: list[Ref]) -> None:
+        """The stage."""
         with self.stage("roll_up_engagement") as report:
             roll_up_engagement(report, pages, analytics=self.stores.analytics, settings=self.settings)
 
@@ -250,7 +242,8 @@ class Run:
                 settings=self.settings,
             )
 
-    def _learn(self, pages: list[Ref], embedded: list[Ref]) -> bool:
+    def learn(self, pages: list[Ref], embedded: list[Ref]) -> bool:
+        """The stage; says whether there is something to serve."""
         staging = Staging(self.settings.staging_uri, self.run_id)
         with self._reported(staging, "learn") as report:
             return learn(
@@ -262,6 +255,24 @@ class Run:
                 analytics=self.stores.analytics,
                 vectors=self.stores.vectors,
                 staging=staging,
+                settings=self.settings,
+            )
+
+    def publish(self, pages: list[Ref], learned: bool) -> None:
+        """The stage."""
+        with self.stage("publish") as report:
+            publish(
+                report,
+                pages,
+                learned,
+                catalog=self.catalog,
+                space=self.space,
+                mongo=self.stores.mongo,
+                vectors=self.stores.vectors,
+                graph=self.stores.graph,
+                analytics=self.stores.analytics,
+                cache=self.stores.cache,
+                staging=self.staging,
                 settings=self.settings,
             )
 
