@@ -13,16 +13,13 @@ Where the API asks for keys, `API_KEY` is one with the scope `read`. Reading twi
 from datetime import datetime, timedelta
 
 from airflow.sdk import dag, task
-from personalization_airflow import notifications, tasks
+from personalization_airflow import defaults, tasks
 
 DEFAULT_ARGS = {
-    "owner": "personalization",
-    "retries": 2,
+    **defaults.EVERY_TASK,
     "retry_delay": timedelta(seconds=20),
-    "retry_exponential_backoff": True,
     "max_retry_delay": timedelta(minutes=2),
     "execution_timeout": timedelta(minutes=4),
-    "on_failure_callback": notifications.of_failure,
 }
 
 

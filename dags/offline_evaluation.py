@@ -17,17 +17,13 @@ sets its rows anew.
 from datetime import datetime, timedelta
 
 from airflow.sdk import Param, dag, task
-from personalization_airflow import assets, notifications, tasks
+from personalization_airflow import assets, defaults, tasks
 
 DEFAULT_ARGS = {
-    "owner": "personalization",
-    "retries": 2,
+    **defaults.EVERY_TASK,
+    **defaults.SUMMARISED,
     "retry_delay": timedelta(minutes=1),
-    "retry_exponential_backoff": True,
-    "max_retry_delay": timedelta(minutes=10),
     "execution_timeout": timedelta(hours=2),
-    "on_failure_callback": notifications.of_failure,
-    "map_index_template": "{{ summary }}",
 }
 FLOW = {"inlets": [assets.SERVING], "outlets": [assets.EVALUATION]}
 

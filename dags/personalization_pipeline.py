@@ -25,17 +25,13 @@ from airflow.providers.standard.operators.empty import EmptyOperator
 from airflow.sdk import Param, TriggerRule, dag, task, task_group
 from airflow.sdk.definitions.callback import SyncCallback
 from airflow.sdk.definitions.deadline import DeadlineAlert, DeadlineReference
-from personalization_airflow import assets, notifications, tasks
+from personalization_airflow import assets, defaults, notifications, tasks
 
 DEFAULT_ARGS = {
-    "owner": "personalization",
-    "retries": 2,
+    **defaults.EVERY_TASK,
+    **defaults.SUMMARISED,
     "retry_delay": timedelta(seconds=20),
-    "retry_exponential_backoff": True,
-    "max_retry_delay": timedelta(minutes=10),
     "execution_timeout": timedelta(minutes=30),
-    "on_failure_callback": notifications.of_failure,
-    "map_index_template": "{{ summary }}",  # such as `9,900 in, 100 rejected`
 }
 EMBEDDING = {"pool": "embedding", "execution_timeout": timedelta(hours=2)}
 WHOLE_FILES = {"execution_timeout": timedelta(hours=6)}

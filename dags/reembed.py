@@ -24,17 +24,13 @@ from datetime import datetime, timedelta
 
 from airflow.providers.standard.operators.empty import EmptyOperator
 from airflow.sdk import Param, TriggerRule, dag, task
-from personalization_airflow import assets, notifications, tasks
+from personalization_airflow import assets, defaults, tasks
 
 DEFAULT_ARGS = {
-    "owner": "personalization",
-    "retries": 2,
+    **defaults.EVERY_TASK,
+    **defaults.SUMMARISED,
     "retry_delay": timedelta(seconds=20),
-    "retry_exponential_backoff": True,
-    "max_retry_delay": timedelta(minutes=10),
     "execution_timeout": timedelta(hours=2),
-    "on_failure_callback": notifications.of_failure,
-    "map_index_template": "{{ summary }}",
 }
 EMBEDDING = {"pool": "embedding", "execution_timeout": timedelta(hours=6)}
 MAPPED = {"max_active_tis_per_dagrun": 4}

@@ -12,16 +12,12 @@ repeated.
 from datetime import datetime, timedelta
 
 from airflow.sdk import dag, task
-from personalization_airflow import notifications, tasks
+from personalization_airflow import defaults, tasks
 
 DEFAULT_ARGS = {
-    "owner": "personalization",
-    "retries": 2,
+    **defaults.EVERY_TASK,
     "retry_delay": timedelta(seconds=20),
-    "retry_exponential_backoff": True,
-    "max_retry_delay": timedelta(minutes=10),
     "execution_timeout": timedelta(minutes=30),
-    "on_failure_callback": notifications.of_failure,
 }
 
 

@@ -17,16 +17,12 @@ and repeated, and may run beside the pipeline.
 from datetime import datetime, timedelta
 
 from airflow.sdk import Param, dag, task
-from personalization_airflow import assets, notifications, tasks
+from personalization_airflow import assets, defaults, tasks
 
 DEFAULT_ARGS = {
-    "owner": "personalization",
-    "retries": 2,
+    **defaults.EVERY_TASK,
     "retry_delay": timedelta(minutes=1),
-    "retry_exponential_backoff": True,
-    "max_retry_delay": timedelta(minutes=10),
     "execution_timeout": timedelta(hours=6),
-    "on_failure_callback": notifications.of_failure,
 }
 
 PARAMS = {

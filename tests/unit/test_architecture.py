@@ -234,7 +234,7 @@ def test_torch_is_loaded_for_the_encoder_and_only_when_it_encodes():
 
 def test_the_tasks_of_airflow_load_no_driver_when_the_dag_is_parsed():
     plugins = PROJECT / "plugins" / "personalization_airflow"
-    names = ("assets", "notifications", "tasks")
+    names = ("assets", "defaults", "notifications", "tasks")
     found = imports(PROJECT / "dags", *(plugins / f"{name}.py" for name in names))
     allowed = ("airflow.sdk", "airflow.providers.standard", "personalization.schemas", "personalization.errors")
     allowed += tuple(f"personalization_airflow.{name}" for name in names)

@@ -12,15 +12,14 @@ from personalization.migration.filling import Filling
 from personalization.migration.scene import Scene
 from personalization.pipeline.embed import vectors_of
 from personalization.pipeline.lineage import StageReport
-from personalization.pipeline.vectors import set_profiles, write_vectors
+from personalization.pipeline.vectors import USERS_AT_ONCE, set_profiles, write_vectors
 from personalization.schemas import Ref, VectorSpace
 from personalization.staging import read
 from personalization.stores.cache import VectorCache
 from personalization.stores.milvus import MESSAGES
 
-_LOOKED_UP = 1000
+_ORPHANS_AT_ONCE = 1000
 _PASSES = 5
-_USERS_AT_ONCE = 250
 
 log = structlog.get_logger(__name__)
 
@@ -61,7 +60,7 @@ def catch_up(report: StageReport, target: VectorSpace, scene: Scene) -> None:
             _settle(report, found, target, scene)
     else:
         raise MigrationError("messages come in faster than they are embedded; try again when there are fewer")
-    for users in scene.stores.analytics.users(None, _USERS_AT_ONCE):
+    for users in scene.stores.analytics.users(None, USERS_AT_ONCE):
         set_profiles(
             report.model_copy(),
             users,
@@ -76,7 +75,7 @@ def catch_up(report: StageReport, target: VectorSpace, scene: Scene) -> None:
 def _settle(report: StageReport, found: Differences, target: VectorSpace, scene: Scene) -> None:
     for ids in found.missing_pages(scene.settings.shard_rows):
         report.rows_out += embed_messages(report, ids, target, scene)
-    for ids in found.orphan_pages(_LOOKED_UP):
+    for ids in found.orphan_pages(_ORPHANS_AT_ONCE):
         known = scene.stores.mongo.stored("message", ids)  # again, right before
         scene.stores.vectors.delete(target.collection(MESSAGES), [one for one in ids if one not in known])
         report.skipped += len(ids) - len(known)
@@ -94,10 +93,10 @@ def embed_messages(report: StageReport, ids: Sequence[str], target: VectorSpace,
     written = 0
     to_do = list(ids)
     while to_do:
-        found = _texts(to_do, scene)
+        found = mongo.texts(to_do)
         _write(report, found, target, scene)
         written = max(written, len(found))
-        after = _texts(to_do, scene)
+        after = mongo.texts(to_do)
         vectors.delete(collection, [one for one in to_do if one not in after])
         erased = mongo.erased_among({one["user_id"] for one in after.values()})
         vectors.delete(collection, [one["_id"] for one in after.values() if one["user_id"] in erased])
@@ -123,8 +122,3 @@ def _write(report: StageReport, found: dict[str, dict[str, Any]], target: Vector
         }
     )
     write_vectors(table, matrix, space=target, mongo=scene.stores.mongo, vectors=scene.stores.vectors)
-
-
-def _texts(ids: Sequence[str], scene: Scene) -> dict[str, dict[str, Any]]:
-    pages = (ids[at : at + _LOOKED_UP] for at in range(0, len(ids), _LOOKED_UP))
-    return {one: text for page in pages for one, text in scene.stores.mongo.texts(page).items()}

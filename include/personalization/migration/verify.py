@@ -1,6 +1,7 @@
 """Verify: is what was filled whole, of the model that is wanted, and as good as what is served?"""
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -111,13 +112,8 @@ def _look_at_vectors(
 
 
 def _compare_counts(target: VectorSpace, scene: Scene, found: _Findings) -> None:
-    mongo = scene.stores.mongo
     with differences(scene, target) as unlike:
-        missing = 0
-        for ids in unlike.missing_pages(_SAMPLE):  # what a run at work has taken, it writes itself
-            taken = mongo.stored("message", ids)
-            published = mongo.runs_published({one["run_id"] for one in taken.values() if one["run_id"]})
-            missing += sum(one["run_id"] in published for one in taken.values())
+        missing = sum(len(_settled(ids, scene)) for ids in unlike.missing_pages(_SAMPLE))
         found.figures["missing"], found.figures["orphans"] = missing, unlike.orphans
     if missing:
         found.reasons.append(f"lacks {missing:,} messages")
@@ -127,12 +123,8 @@ def _compare_counts(target: VectorSpace, scene: Scene, found: _Findings) -> None
 
 def _embed_again(sample: dict[str, Any], target: VectorSpace, scene: Scene, found: _Findings) -> None:
     """A vector must be that of the message's text as it is now."""
-    ids = list(sample)[:_EMBEDDED_AGAIN]
-    mongo = scene.stores.mongo
-    taken = mongo.stored("message", ids)
-    published = mongo.runs_published({one["run_id"] for one in taken.values() if one["run_id"]})
-    settled = [one for one in ids if one in taken and taken[one]["run_id"] in published]
-    texts = mongo.texts(settled)
+    settled = _settled(list(sample)[:_EMBEDDED_AGAIN], scene)
+    texts = scene.stores.mongo.texts(settled)
     settled = [one for one in settled if one in texts]
     if not settled:
         return
@@ -231,6 +223,14 @@ def _compare_ranking(
             f"ranks worse: NDCG@10 of {_POLICY} changes by {gain.mean:.3f} ({gain.low:.3f} … {gain.high:.3f}), more "
             f"than max_ndcg_loss {bounds.max_ndcg_loss:g}"
         )
+
+
+def _settled(ids: Sequence[str], scene: Scene) -> list[str]:
+    """Those of the messages that a published run has taken: of others the run at work writes the vector itself."""
+    mongo = scene.stores.mongo
+    taken = mongo.stored("message", ids)
+    published = mongo.runs_published({one["run_id"] for one in taken.values() if one["run_id"]})
+    return [one for one in ids if one in taken and taken[one]["run_id"] in published]
 
 
 def _draw(message_id: str) -> int:

@@ -54,7 +54,8 @@ def vectors_of(said: list[tuple[str, str]], space: VectorSpace, cache: VectorCac
             vectors[known.places, : known.vectors.shape[1]] = known.vectors
             is_known[known.places] = True
     missing = np.flatnonzero(~is_known)
-    report.details |= {"cache_hits": len(texts) - len(missing), "cache_misses": len(missing)}
+    for name, count in (("cache_hits", len(texts) - len(missing)), ("cache_misses", len(missing))):
+        report.details[name] = report.details.get(name, 0) + count  # of all shards that the stage mirrors
     made: dict[str, Vectors] = {}
     if len(missing):
         encoder = get_encoder(space.model, space.dim)

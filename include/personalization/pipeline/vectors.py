@@ -22,7 +22,8 @@ from personalization.stores.analytics import AnalyticsStore
 from personalization.stores.milvus import INTERESTS, MESSAGES, USERS, VectorStore, interest_id
 from personalization.stores.mongo import MongoStore
 
-_USERS_AT_ONCE = 250
+USERS_AT_ONCE = 250
+"""Whose profiles are made together: memory holds the newest messages' vectors of so many."""
 
 
 def upsert_vectors(
@@ -72,12 +73,12 @@ def refresh_profiles(
     Reads each of those vectors once, from the run's shards `embedded`, or from Milvus, 1,000 a round trip.
     """
     others = (
-        page[at : at + _USERS_AT_ONCE]
+        page[at : at + USERS_AT_ONCE]
         for page in read_column(list(more_users), "user_id")
-        for at in range(0, len(page), _USERS_AT_ONCE)
+        for at in range(0, len(page), USERS_AT_ONCE)
     )
     with run_vectors(vectors, space, embedded) as at_hand:
-        for user_ids in chain(analytics.users_with_messages(report.run_id, _USERS_AT_ONCE), others):
+        for user_ids in chain(analytics.users_with_messages(report.run_id, USERS_AT_ONCE), others):
             for one in (space, *spaces_beside(analytics, space)):
                 set_profiles(
                     report if one == space else report.model_copy(),  # what is counted is what is served

@@ -151,14 +151,8 @@ class MongoStore:
 
     def stored(self, kind: RecordKind, ids: Sequence[str]) -> dict[str, StoredRecord]:
         """Look up messages or events by id, 50 a round trip."""
-        fields = {"user_id": 1, "content_hash": 1, "run_id": 1, "attempt": 1, "source": 1}
-        found: dict[str, StoredRecord] = {}
-        with mongo_errors():
-            for start in range(0, len(ids), _LOOK_UP):
-                query = {"_id": {"$in": list(ids[start : start + _LOOK_UP])}}
-                for one in self._records[kind].find(query, fields):
-                    found[one["_id"]] = one  # type: ignore[assignment]
-        return found
+        fields = ("user_id", "content_hash", "run_id", "attempt", "source")
+        return {one["_id"]: cast("StoredRecord", one) for one in self._by_id(self._records[kind], ids, fields)}
 
     def read(self, kind: RecordKind, ids: Sequence[str]) -> dict[str, Document]:
         """Whole messages or events by id; those that are gone are missing. One round trip; meant for few ids."""
@@ -369,21 +363,12 @@ class MongoStore:
         missing.
         """
         fields = ("user_id", "timestamp", "message", "content_hash")
-        found: dict[str, Document] = {}
-        with mongo_errors():
-            for start in range(0, len(ids), _LOOK_UP):
-                some = self.conversations.find({"_id": {"$in": list(ids[start : start + _LOOK_UP])}}, fields)
-                found |= {one["_id"]: one for one in some}
-        return found
+        return {one["_id"]: one for one in self._by_id(self.conversations, ids, fields)}
 
     def messages(self, run_id: str, ids: Sequence[str]) -> list[Document]:
         """`_id, user_id, timestamp, message` of those of the messages that are the run's, 50 a round trip."""
-        found: list[Document] = []
-        with mongo_errors():
-            for start in range(0, len(ids), _LOOK_UP):
-                query = {"_id": {"$in": list(ids[start : start + _LOOK_UP])}, "run_id": run_id}
-                found += self.conversations.find(query, ("user_id", "timestamp", "message"))
-        return found
+        fields = ("user_id", "timestamp", "message")
+        return list(self._by_id(self.conversations, ids, fields, {"run_id": run_id}))
 
     def users_among(self, user_ids: Sequence[str]) -> set[str]:
         """Those of the users who have a message or an event. Two reads of an index by user."""
@@ -400,6 +385,16 @@ class MongoStore:
         """Number of stored events, from the collection's own counter."""
         with mongo_errors():
             return self.events.estimated_document_count()
+
+    @staticmethod
+    def _by_id(
+        collection: MongoCollection[Document], ids: Sequence[str], fields: Sequence[str], also: Document | None = None
+    ) -> Iterator[Document]:
+        """Fields of those of the documents that are there, and match `also`; 50 a round trip."""
+        with mongo_errors():
+            for start in range(0, len(ids), _LOOK_UP):
+                query = {"_id": {"$in": list(ids[start : start + _LOOK_UP])}, **(also or {})}
+                yield from collection.find(query, fields)
 
     @staticmethod
     def _replace_all(collection: Any, documents: Sequence[Document]) -> None:
