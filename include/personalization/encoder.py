@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import os
 import time
 from collections.abc import Iterator
 from functools import lru_cache
@@ -68,22 +69,22 @@ class Encoder:
         Identical texts are encoded once, and nothing is padded where the model allows it (`PackedModel`).
         Zero-padding leaves cosine and inner product unchanged.
         """
-        unique, inverse = np.unique(np.asarray(texts, dtype=object), return_inverse=True)
+        place = {text: at for at, text in enumerate(dict.fromkeys(texts))}
+        unique = list(place)
         vectors = np.zeros((len(unique), self._dim), dtype=np.float32)
         tell = log.info if len(unique) > _SLICE_TEXTS else log.debug  # of long work, not of each request
         started = time.perf_counter()
         done = told = 0
-        for places, encoded in self._encode(unique.tolist()):
-            vectors[places, : self.model_dim] = encoded
+        for places, encoded in self._encode(unique):
+            norms = np.linalg.norm(encoded, axis=1, keepdims=True)
+            if not np.all(np.isfinite(norms) & (norms > 0)):
+                raise EmbeddingError("the model made a vector without a direction: of length zero, or not a number")
+            vectors[places, : self.model_dim] = encoded / norms
             done += len(places)
             if done - told >= _SLICE_TEXTS or done == len(unique):
                 told = done
                 tell(f"{done:,} of {len(unique):,} texts embedded, {done / (time.perf_counter() - started):,.0f}/s")
-        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        if not np.all(np.isfinite(norms) & (norms > 0)):
-            raise EmbeddingError("the model made a vector without a direction: of length zero, or not a number")
-        vectors /= norms
-        return vectors[inverse]
+        return vectors if len(unique) == len(texts) else vectors[[place[text] for text in texts]]
 
     def _encode(self, texts: list[str]) -> Iterator[tuple[Any, Any]]:
         """Yield (places, vectors) of some of the texts at a time."""
@@ -149,14 +150,14 @@ def model_location(model_name: str) -> str:
 
 
 def _best_device(torch: Any) -> str:
-    if torch.cuda.is_available():
-        return "cuda"
+    if torch.cuda.is_available():  # of several cards, mapped tasks get one or another
+        return f"cuda:{os.getpid() % torch.cuda.device_count()}"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _best_dtype(torch: Any, device: str) -> Any:
     """Half precision where the hardware multiplies in it; elsewhere it is slower than float32."""
-    if device == "cuda":
+    if device.startswith("cuda"):
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if device == "cpu" and _cpu_has_bf16():
         return torch.bfloat16
