@@ -13,6 +13,7 @@ import pytest
 from conftest import PROJECT
 from personalization.catalog.loading import intents_version
 from personalization.errors import CatalogError, InputError
+from personalization.pipeline.embed import as_column
 from personalization.pipeline.intents import fitted_classifier
 from personalization.schemas import Catalog, VectorSpace
 from personalization.settings import Settings
@@ -218,9 +219,8 @@ def test_the_classifier_of_the_staged_utterances_is_fitted_once(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     ids, vectors = world.said(4)
-    embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), DIM)
     shared = Staging(str(tmp_path), SHARED_FOLDER)
-    ref = shared.write("utterances.parquet", pa.table({"intent_id": ids, "embedding": embedding}))
+    ref = shared.write("utterances.parquet", pa.table({"intent_id": ids, "embedding": as_column(vectors)}))
     first = fitted_classifier(ref)
     [kept] = (tmp_path / SHARED_FOLDER).glob("*.npz")
 

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,11 +17,13 @@ from personalization.sketches import sketch
 from personalization.staging import SHARED_FOLDER, Staging, read
 from personalization.stores.cache import VectorCache
 
+_FLOAT = np.dtype("<f4")
+
 log = structlog.get_logger(__name__)
 
 
 def embed(report: StageReport, shard: Ref, *, space: VectorSpace, staging: Staging, cache: VectorCache) -> Ref:
-    """Add `embedding` (fixed-size list of float32) to a shard in place of `text`.
+    """Add `embedding` (a row's float32 as bytes, see `as_column`) to a shard in place of `text`.
 
     Texts that the cache knows cost a look-up; where it knows all, no model is loaded. Without Redis all are encoded.
 
@@ -110,10 +111,12 @@ def campaign_vectors_of(table: pa.Table, catalog: Catalog) -> Vectors:
 
 
 def embeddings_of(table: pa.Table) -> Vectors:
-    """The `embedding` column as a matrix, shape (rows, dim), without a Python object per vector."""
-    column = table.column("embedding").combine_chunks()
-    flat: np.ndarray[Any, np.dtype[np.float32]] = column.flatten().to_numpy(zero_copy_only=False)
-    return flat.reshape(len(column), column.type.list_size)
+    """The `embedding` column as a matrix, shape (rows, dim), read-only; without a copy where it is in one piece."""
+    column = table.column("embedding")
+    rows = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    width = rows.type.byte_width // _FLOAT.itemsize
+    flat = np.frombuffer(rows.buffers()[1] or b"", _FLOAT)
+    return flat[rows.offset * width : (rows.offset + len(rows)) * width].reshape(len(rows), width)
 
 
 def _embed_once(
@@ -125,7 +128,7 @@ def _embed_once(
     report: StageReport,
 ) -> Ref:
     """Stage the texts' vectors beside their ids, unless that was done in any run."""
-    name = f"{version}-{space.name}.parquet"
+    name = f"{version}-{space.name}.f4.parquet"
     report.rows_in += len(texts)
     shared = Staging(str(staging.base), SHARED_FOLDER)
     if (known := shared.find(name)) is not None:
@@ -142,6 +145,11 @@ def _embed_once(
     return ref
 
 
-def as_column(vectors: Vectors) -> pa.FixedSizeListArray:
-    """A matrix as a column `embedding`, without a Python object per vector."""
-    return pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+def as_column(vectors: Vectors) -> pa.FixedSizeBinaryArray:
+    """A matrix as a column `embedding`: of each row its little-endian float32, one behind the other.
+
+    As a list of floats Parquet spends ten times as long, on a level for each number.
+    """
+    content = np.ascontiguousarray(vectors, _FLOAT)
+    width = pa.binary(vectors.shape[1] * _FLOAT.itemsize)
+    return pa.FixedSizeBinaryArray.from_buffers(width, len(vectors), [None, pa.py_buffer(content)])
