@@ -15,6 +15,7 @@ from typing import Any, TypedDict
 import grpc
 import numpy as np
 from pymilvus import AsyncMilvusClient, DataType, MilvusClient
+from pymilvus.client.types import LoadState
 from pymilvus.exceptions import MilvusException
 
 from personalization.errors import StoreError
@@ -98,9 +99,7 @@ class VectorStore:
                 name = space.collection(alias)
                 if not self.client.has_collection(name):
                     self._create_collection(name, space, scalar, with_user=alias != USERS)
-                if not self.client.list_indexes(name):  # killed between the two
-                    self._create_index(name)
-                self.client.load_collection(name)
+                self._load(name)
 
     def serve(self, space: VectorSpace) -> None:
         """Point the aliases at the space's collections. Safe to repeat."""
@@ -231,9 +230,7 @@ class VectorStore:
         rows = {}
         with milvus_errors():
             for name in filter(_OWN_COLLECTIONS.fullmatch, self.client.list_collections()):
-                if not self.client.list_indexes(name):  # killed between the two: nothing was written yet
-                    self._create_index(name)
-                self.client.load_collection(name)
+                self._load(name)
                 found = self.client.query(
                     name,
                     filter=_of_user(name, user_id),
@@ -253,9 +250,21 @@ class VectorStore:
         schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=space.dim)
         self.client.create_collection(name, schema=schema)
 
+    def _load(self, name: str) -> None:
+        """Load a collection, unless it is: Milvus Lite counts every row for it."""
+        if self.client.get_load_state(name)["state"] == LoadState.Loaded:
+            return
+        if not self.client.list_indexes(name):  # killed between the two: nothing was written yet
+            self._create_index(name)
+        self.client.load_collection(name)
+
     def _create_index(self, name: str) -> None:
+        """A graph for the collection that is searched, which costs more than all else there; none for those that are
+        read by id.
+        """
         index = self.client.prepare_index_params()
-        index.add_index("embedding", index_type="HNSW", metric_type="COSINE", params={"M": 16, "efConstruction": 200})
+        kind, params = ("HNSW", {"M": 16, "efConstruction": 200}) if name.startswith(f"{USERS}_") else ("FLAT", {})
+        index.add_index("embedding", index_type=kind, metric_type="COSINE", params=params)
         self.client.create_index(name, index)
 
 
