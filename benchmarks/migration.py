@@ -1,7 +1,8 @@
 """A migration that is killed at random points, between two real models, with a reader in a loop on the API.
 
-`kill -9` while MiniLM's vectors are replaced by mpnet's, and those by MiniLM's again, until so many kills are made.
-Every migration is taken up again until it is done; then both collections are compared with a clean encoding.
+`kill -9` while MiniLM's vectors are replaced by mpnet's, and those by MiniLM's again, until so many kills are made,
+each at a random moment of a stage that is drawn, be it long or short. Every migration is taken up again until it is
+done; then both collections are compared with a clean encoding.
 """
 
 import gzip
@@ -9,15 +10,17 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from personalization.encoder import get_encoder
 from personalization.errors import MigrationError
 from personalization.local.config import PACKAGED_MODEL, StackConfig
 from personalization.local.stack import Stack
+from personalization.pipeline.lineage import MIGRATION_STAGES
 from personalization.schemas import VectorSpace
 from personalization.settings import Settings
 from personalization.stores.milvus import MESSAGES as ALIAS
@@ -36,14 +40,14 @@ from personalization.stores.together import Stores
 from benchmarks.audit import DATA
 from benchmarks.mpnet import mpnet
 
-MESSAGES, KILLS, SHARD_ROWS = 2_000, 20, 100
+MESSAGES, KILLS, SHARD_ROWS = 500, 20, 100
 DIM = 1024
 _PROCESSES = multiprocessing.get_context("forkserver")
 """Each attempt is a process of its own; what they import is imported once."""
 _PROCESSES.set_forkserver_preload(["sentence_transformers", "personalization.migration.run"])
 _API_PORT = 38_100
-_WORK_S = 90.0
-"""Kills come within so many seconds of the first line of the log."""
+_STAGE_S = 5.0
+"""How long a stage may last, where none was seen yet."""
 _MINUTES = 60.0
 """After so many, what is under way is ended without another kill."""
 _ASKED = 12
@@ -74,12 +78,12 @@ def main(results: Path, messages: int = MESSAGES, kills: int = KILLS, seed: int 
         clean = _clean(spaces, settings)
         with _api(settings, Path(name)) as url, Reader(url, sorted(_users(settings))[:_ASKED], tally) as reader:
             reader.learn()
-            rng = random.Random(seed)  # noqa: S311
+            aim = _Aim(random.Random(seed))  # noqa: S311
             until = started + minutes * 60
             at = 0
             while len(tally.kills) < kills and time.monotonic() < until:
                 target = spaces[1 - at % 2]
-                _migrate(target, settings, tally, lambda: len(tally.kills) < kills and time.monotonic() < until, rng)
+                _migrate(target, settings, tally, lambda: len(tally.kills) < kills and time.monotonic() < until, aim)
                 reader.learn()
                 tally.migrations.append({"to": target.name, **_compared(spaces, clean, settings)})
                 print(tally.migrations[-1], dict(tally.answers))
@@ -90,31 +94,58 @@ def main(results: Path, messages: int = MESSAGES, kills: int = KILLS, seed: int 
     print((results / "migration.md").read_text())
 
 
-def _migrate(
-    target: VectorSpace, settings: Settings, tally: Tally, kills_left: Callable[[], bool], rng: random.Random
-) -> None:
-    """Until it is done, killed again and again at random moments of its work."""
-    said = Path(settings.staging_uri).parent / "said.log"
+@dataclass
+class _Aim:
+    """Draws when to kill."""
+
+    rng: random.Random
+    longest: dict[str, float] = field(default_factory=dict)
+    """Seconds of each stage that was seen."""
+
+    def wait(self, process: BaseProcess, log: Path) -> None:
+        """Wait for a random moment of a stage that is drawn, or for the end of the process, where the stage is over."""
+        stage = self.rng.choice(MIGRATION_STAGES)
+        while process.is_alive() and not _has_reached(stage, log):
+            time.sleep(0.02)
+        process.join(self.rng.uniform(0, self.longest.get(stage, _STAGE_S)))
+        for name, seconds in _stages_done(log).items():
+            self.longest[name] = max(seconds, self.longest.get(name, 0.0))
+
+
+def _has_reached(stage: str, log: Path) -> bool:
+    reached = [MIGRATION_STAGES.index(one) + 1 for one in _stages_done(log) if one in MIGRATION_STAGES]
+    return log.stat().st_size > 0 and max(reached, default=0) >= MIGRATION_STAGES.index(stage)
+
+
+def _stages_done(log: Path) -> dict[str, float]:
+    """Seconds of each stage that came to its end, all its shards together; in their order."""
+    found: defaultdict[str, float] = defaultdict(float)
+    for name, seconds in re.findall(r"(\w+) success: .* ([\d.]+) s$", log.read_text(), re.MULTILINE):
+        found[name] += float(seconds)
+    return dict(found)
+
+
+def _migrate(target: VectorSpace, settings: Settings, tally: Tally, kills_left: Callable[[], bool], aim: _Aim) -> None:
+    """Until it is done, killed again and again."""
+    log = Path(settings.staging_uri).parent / "said.log"
     while True:
-        said.write_text("")
+        log.write_text("")
         started = time.monotonic()
-        process = _PROCESSES.Process(target=_attempt, args=(target, settings, said))
+        process = _PROCESSES.Process(target=_attempt, args=(target, settings, log))
         process.start()
-        while process.is_alive() and not said.stat().st_size:
-            time.sleep(0.1)
-        process.join(rng.uniform(0, _WORK_S) if kills_left() else None)
+        if kills_left():
+            aim.wait(process, log)
+        else:
+            process.join()
         if process.is_alive():
             process.kill()
             process.join()
-            done = [
-                line.split(" success")[0].split()[-1] for line in said.read_text().splitlines() if " success" in line
-            ]
-            tally.kills.append(f"behind {done[-1]}" if done else "in check")
+            tally.kills.append(f"behind {['its start', *_stages_done(log)][-1]}")
             print(f"kill {len(tally.kills)} after {time.monotonic() - started:.0f} s, {tally.kills[-1]}", flush=True)
         elif process.exitcode == 0:
             return
         else:
-            raise RuntimeError(said.read_text())
+            raise RuntimeError(log.read_text())
 
 
 def _attempt(target: VectorSpace, settings: Settings, said: Path) -> None:
@@ -322,8 +353,9 @@ def table(tally: Tally, messages: int, kills: int, seconds: float) -> str:
         "# A migration that is killed",
         "",
         "Written by `python -m benchmarks migration`: MiniLM (384-d) and mpnet (768-d), both padded to 1,024, on the",
-        f"embedded stores with {messages:,} ReDial messages in shards of {SHARD_ROWS}. `kill -9` at random moments,",
-        "taken up again each time; a reader asks the API without end. A former space is dropped before the next one.",
+        f"embedded stores with {messages:,} ReDial messages in shards of {SHARD_ROWS}. `kill -9` at random moments of",
+        "stages that are drawn, taken up again each time; a reader asks the API without end. A former space is dropped",
+        "before the next one.",
         "",
         "| | |",
         "|---|---|",
