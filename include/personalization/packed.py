@@ -4,6 +4,7 @@ All else in the model works on each token by itself, so texts may lie one behind
 counted anew for each and attention knows where each ends. Loads torch.
 """
 
+import os
 import platform
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -24,6 +25,10 @@ _COUNTED_BEHIND_PADDING = {"roberta", "xlm-roberta"}
 """Whose first token has the position behind the padding token's id."""
 _SLICE_TEXTS = 8192  # that are tokenised while those before are in the model
 _LEAST_TOKENS = 256  # below which a batch is not worth a worker of its own
+_PROGRAMS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""Programs for a shape that oneDNN keeps, and PyTorch for it; by themselves 1,024 each, which batches of ever other
+shapes fill with hundreds of MB, and which are no faster than 128.
+"""
 _STRETCH = 64  # tokens whose attention is computed together on a card
 _SCORES_A_TEXT = 6400  # that it makes by stretches in the time of one text by itself, measured on an H200
 
@@ -98,6 +103,8 @@ class PackedModel:
         if self._has_flash:  # cuDNN plans for each shape anew, in the time of a batch
             torch.backends.cuda.enable_cudnn_sdp(False)
         if self._torch_device.type == "cpu" and platform.machine() in ("x86_64", "AMD64"):
+            for cache in _PROGRAMS:  # read when the first one is made
+                os.environ.setdefault(cache, "128")
             _prepack(self._bert, self._device.batch_tokens)
         self._tokenising = ThreadPoolExecutor(1, "tokenising")
         self._encoding = ThreadPoolExecutor(self._device.workers, "encoding")
