@@ -178,7 +178,8 @@ def _neo4j(config: StackConfig) -> Service:
 
         settings = config.settings(store_timeout_s=_PROBE_TIMEOUT_S)
         with closing(GraphStore.from_settings(settings).driver) as driver:
-            driver.verify_connectivity()
+            # It listens before its database is there.
+            driver.execute_query("RETURN 1", database_=settings.neo4j_database)
 
     # It writes a folder `log` where it works.
     return Service("neo4j", command, answers, config.neo4j_port, "NEO4J_PORT", folder=home)
