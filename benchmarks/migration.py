@@ -96,50 +96,56 @@ def main(results: Path, messages: int = MESSAGES, kills: int = KILLS, seed: int 
 
 @dataclass
 class _Aim:
-    """Draws when to kill."""
+    """Draws when to kill: in the stages that were aimed at least often, of those that a migration has ahead of it."""
 
     rng: random.Random
+    aimed: Counter[str] = field(default_factory=Counter)
     longest: dict[str, float] = field(default_factory=dict)
     """Seconds of each stage that was seen."""
 
-    def wait(self, process: BaseProcess, log: Path) -> None:
-        """Wait for a random moment of a stage that is drawn, or for the end of the process, where the stage is over."""
-        stage = self.rng.choice(MIGRATION_STAGES)
-        while process.is_alive() and not _has_reached(stage, log):
+    def wait(self, process: BaseProcess, log: Path, passed: int) -> None:
+        """Wait for a random moment of a stage behind as many that are `passed`, or for the end of the process."""
+        ahead = MIGRATION_STAGES[passed:] or MIGRATION_STAGES[-1:]
+        stage = min(ahead, key=lambda one: (self.aimed[one], self.rng.random()))
+        self.aimed[stage] += 1
+        while process.is_alive() and (not log.stat().st_size or _passed(log) < MIGRATION_STAGES.index(stage)):
             time.sleep(0.02)
         process.join(self.rng.uniform(0, self.longest.get(stage, _STAGE_S)))
         for name, seconds in _stages_done(log).items():
             self.longest[name] = max(seconds, self.longest.get(name, 0.0))
 
 
-def _has_reached(stage: str, log: Path) -> bool:
-    reached = [MIGRATION_STAGES.index(one) + 1 for one in _stages_done(log) if one in MIGRATION_STAGES]
-    return log.stat().st_size > 0 and max(reached, default=0) >= MIGRATION_STAGES.index(stage)
+def _passed(log: Path) -> int:
+    """How many stages came to their end, or at least a shard of them."""
+    return max((MIGRATION_STAGES.index(one) + 1 for one in _stages_done(log)), default=0)
 
 
 def _stages_done(log: Path) -> dict[str, float]:
     """Seconds of each stage that came to its end, all its shards together; in their order."""
     found: defaultdict[str, float] = defaultdict(float)
     for name, seconds in re.findall(r"(\w+) success: .* ([\d.]+) s$", log.read_text(), re.MULTILINE):
-        found[name] += float(seconds)
+        if name in MIGRATION_STAGES:
+            found[name] += float(seconds)
     return dict(found)
 
 
 def _migrate(target: VectorSpace, settings: Settings, tally: Tally, kills_left: Callable[[], bool], aim: _Aim) -> None:
     """Until it is done, killed again and again."""
     log = Path(settings.staging_uri).parent / "said.log"
+    passed = 0
     while True:
         log.write_text("")
         started = time.monotonic()
         process = _PROCESSES.Process(target=_attempt, args=(target, settings, log))
         process.start()
         if kills_left():
-            aim.wait(process, log)
+            aim.wait(process, log, passed)
         else:
             process.join()
         if process.is_alive():
             process.kill()
             process.join()
+            passed = max(passed, _passed(log))
             tally.kills.append(f"behind {['its start', *_stages_done(log)][-1]}")
             print(f"kill {len(tally.kills)} after {time.monotonic() - started:.0f} s, {tally.kills[-1]}", flush=True)
         elif process.exitcode == 0:
