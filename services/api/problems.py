@@ -68,7 +68,11 @@ def told(errors: Iterable[Mapping[str, Any]]) -> str:
 
 async def _store_error(request: Request, error: StoreError) -> Response:
     request.scope["problem"] = str(error)  # for the request's line in the log
-    detail = f"The {error.store} store does not answer, or no run has been published yet."
+    detail = (
+        "The embedding service does not answer, or still loads its model."
+        if error.store == "embedding"
+        else f"The {error.store} store does not answer, or no run has been published yet."
+    )
     return problem(503, detail, {"Retry-After": str(_RETRY_AFTER_S)})
 
 
