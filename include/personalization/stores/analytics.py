@@ -6,8 +6,8 @@ never incremented.
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, TypeVar, cast
@@ -688,8 +688,10 @@ class AsyncAnalyticsReader:
         """Close the connections, behind what is still cleaned up: cancelled once more, as at the end of a loop, a
         closing connection of aiosqlite is waited for without end.
         """
-        if self._given_up:
-            await asyncio.wait(self._given_up, timeout=_CLEANED_UP_S)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CLEANED_UP_S):
+                while self._given_up:  # one that ends may leave another behind
+                    await asyncio.wait(self._given_up)
         await self.engine.dispose()
 
     async def served(self) -> bytes:
@@ -768,16 +770,18 @@ class AsyncAnalyticsReader:
 
         async def reading() -> T:
             with analytics_errors():
-                async with aclosing(await self._connection()) as connection:
+                connection = await self._connection()
+                try:
                     return await read(connection)
+                finally:
+                    await self._to_its_end(connection.aclose())
 
         task = asyncio.create_task(reading())
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             task.cancel()
-            self._given_up.add(task)
-            task.add_done_callback(self._gave_up)
+            self._leave(task)
             raise
 
     async def _connection(self) -> AsyncConnection:
@@ -790,6 +794,20 @@ class AsyncAnalyticsReader:
         except asyncio.CancelledError:
             await (await opening).aclose()
             raise
+
+    async def _to_its_end(self, closing: Coroutine[Any, Any, None]) -> None:
+        """Closing that is broken off halfway is told as an error."""
+        task = asyncio.create_task(closing)
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            self._leave(task)
+            raise
+
+    def _leave(self, task: "asyncio.Task[Any]") -> None:
+        """To itself: nobody waits for it, until all is closed."""
+        self._given_up.add(task)
+        task.add_done_callback(self._gave_up)
 
     def _gave_up(self, task: "asyncio.Task[Any]") -> None:
         self._given_up.discard(task)
