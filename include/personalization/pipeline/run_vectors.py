@@ -44,7 +44,7 @@ class RunVectors:
     def _add(self, ref: Ref) -> None:
         """Copy a shard's vectors, so that each can be read by itself. Holds one shard in memory."""
         table = read(ref)
-        matrix = np.ascontiguousarray(embeddings_of(table))
+        matrix = embeddings_of(table)
         self._file.write(matrix.data)
         row_bytes = matrix.shape[1] * matrix.itemsize
         for row, message_id in enumerate(table.column("id").to_pylist()):

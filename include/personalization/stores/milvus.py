@@ -263,14 +263,19 @@ class VectorStore:
         read by id.
         """
         index = self.client.prepare_index_params()
-        kind, params = ("HNSW", {"M": 16, "efConstruction": 200}) if name.startswith(f"{USERS}_") else ("FLAT", {})
+        kind, params = ("HNSW", {"M": 16, "efConstruction": 200}) if _is_of_users(name) else ("FLAT", {})
         index.add_index("embedding", index_type=kind, metric_type="COSINE", params=params)
         self.client.create_index(name, index)
 
 
 def _of_user(collection: str, user_id: str) -> str:
     """No id holds a quotation mark or backslash."""
-    return f'{"id" if collection.startswith(f"{USERS}_") else "user_id"} == "{user_id}"'
+    return f'{"id" if _is_of_users(collection) else "user_id"} == "{user_id}"'
+
+
+def _is_of_users(collection: str) -> bool:
+    """Whether its rows are users, by their ids."""
+    return collection.startswith(f"{USERS}_")
 
 
 class AsyncVectorReader:
